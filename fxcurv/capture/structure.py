@@ -1,0 +1,96 @@
+"""The structure of a model's output: flattened while capturing, rebuilt after each run of the graph.
+
+Pytrees (tuples, lists, dicts, named tuples, classes that a library registered) are handled by torch; dataclasses
+that nobody registered are rebuilt through their constructor, at any depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fxcurv.errors import FxcurvError
+
+_BAKED = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A leaf that the graph computes."""
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """A leaf that does not depend on the input."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class _Record:
+    """An unregistered dataclass and the structure of its fields."""
+
+    cls: type
+    names: tuple[str, ...]
+    inner: Structure
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Where the values that a graph returns belong in the user's output."""
+
+    spec: pytree.TreeSpec
+    parts: tuple[_Value | _Fixed | _Record, ...]
+
+    def __call__(self, values: Any) -> Any:
+        """The user's output from the graph's flat sequence of values."""
+        return self._fill(iter(values))
+
+    def _fill(self, values: Iterator[Any]) -> Any:
+        return pytree.tree_unflatten([_fill_part(part, values) for part in self.parts], self.spec)
+
+
+def _fill_part(part: _Value | _Fixed | _Record, values: Iterator[Any]) -> Any:
+    if isinstance(part, _Record):
+        return part.cls(**dict(zip(part.names, part.inner._fill(values), strict=True)))
+    return part.value if isinstance(part, _Fixed) else next(values)
+
+
+def flatten_output(output: Any, is_value: Callable[[Any], bool]) -> tuple[list[Any], Structure]:
+    """The values in ``output``, in order, and the structure around them.
+
+    Raises FxcurvError for an object that holds values but cannot be taken apart.
+    """
+    leaves, spec = pytree.tree_flatten(output)
+    values: list[Any] = []
+    parts: list[_Value | _Fixed | _Record] = []
+    for leaf in leaves:
+        if is_value(leaf):
+            values.append(leaf)
+            parts.append(_Value())
+        elif is_dataclass(leaf) and not isinstance(leaf, type) and all(part.init for part in fields(leaf)):
+            names = tuple(part.name for part in fields(leaf))
+            inner_values, inner = flatten_output(tuple(getattr(leaf, name) for name in names), is_value)
+            values.extend(inner_values)
+            parts.append(_Record(type(leaf), names, inner))
+        elif isinstance(leaf, _BAKED):
+            parts.append(_Fixed(leaf))
+        else:
+            raise FxcurvError(
+                f"the model returns a {type(leaf).__name__}, which cannot be taken apart into tensors; return tuples, "
+                "dicts or dataclasses, or register the class with torch.utils._pytree.register_pytree_node."
+            )
+    return values, Structure(spec, tuple(parts))
+
+
+def is_plain(output: Any, is_value: Callable[[Any], bool]) -> bool:
+    """Whether a graph can return ``output`` as it is: a value, or tuples, lists and dicts of values and None."""
+    if type(output) in (tuple, list):
+        return all(is_plain(item, is_value) for item in output)
+    if type(output) is dict:
+        return all(type(key) is str and is_plain(item, is_value) for key, item in output.items())
+    return output is None or is_value(output)

@@ -1,0 +1,33 @@
+"""The operations of update programs, one module a subject; importing this package registers them all."""
+
+from fxcurv.ir import cadence
+from fxcurv.ir.ops import (
+    apply,
+    damping,
+    layout,
+    linalg,
+    moments,
+    oracle,
+    pointwise,
+    ratios,
+    scalars,
+    statistics,
+    tracking,
+    vectors,
+)
+
+__all__ = [
+    "apply",
+    "cadence",
+    "damping",
+    "layout",
+    "linalg",
+    "moments",
+    "oracle",
+    "pointwise",
+    "ratios",
+    "scalars",
+    "statistics",
+    "tracking",
+    "vectors",
+]

@@ -1,0 +1,94 @@
+"""Layers found in a captured graph: parametrised products with their uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from fxcurv.layers.form import Form
+
+
+@dataclass(frozen=True)
+class Use:
+    """One place where a layer's weight meets data.
+
+    x: node of the data operand; y: node of the product, bias included: the tap sits on it.
+    form: axis roles of this product.
+    aux: nodes whose values ``form.rows_a`` needs beside x (running statistics of a BatchNorm), evaluated before y.
+    swapped: the stored weight plays the transposed role of the layer's first use (a tied embedding read by
+        an output projection: the vocabulary is the output of one and the input of the other).
+    """
+
+    x: fx.Node
+    y: fx.Node
+    form: Form
+    aux: tuple[fx.Node, ...] = ()
+    swapped: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A parametrised product of the model.
+
+    name: path of the owning module, or of the weight without its last part ("encoder.0"); unique.
+    kind: "linear", "conv1d", "conv2d", "conv3d", "embedding", "layer_norm", "rms_norm",
+        "batch_norm", "group_norm".
+    weight, bias: full parameter names; ``None`` where there is no *trainable* parameter of that role.
+        A norm without scale has weight ``None`` and keeps the form of the full layer.
+    uses: one or more; the first gives the layer's orientation (for a tied pair the output projection).
+    note: why the treatment of this layer is approximate, "" when it is not.
+    """
+
+    name: str
+    kind: str
+    weight: str | None
+    bias: str | None
+    uses: tuple[Use, ...] = field(repr=False)
+    note: str = ""
+
+    @property
+    def form(self) -> Form:
+        """Form of the first use."""
+        return self.uses[0].form
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Full names of the layer's trainable parameters."""
+        return tuple(name for name in (self.weight, self.bias) if name is not None)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(groups, d_out, d_in) of the normal-form weight; d_in counts the bias coordinate."""
+        form = self.form
+        return form.groups, form.d_out, form.d_in
+
+    @property
+    def input_key(self) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
+        """Equal for layers that read the same rows: node names, form tags and scales of every use."""
+        return tuple(
+            (use.x.name, f"{use.form.tag}*{use.form.scale!r}", tuple(node.name for node in use.aux))
+            for use in self.uses
+        )
+
+
+@dataclass(frozen=True)
+class Uncovered:
+    """A parameter that no layer covers, or covers only in part.
+
+    parameter: full name; reason: one sentence; chain: names of the nodes from the parameter to the
+    operation that stopped detection; source: the user's line of code, "" when unknown.
+    """
+
+    parameter: str
+    reason: str
+    chain: tuple[str, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Everything found in one captured graph."""
+
+    layers: tuple[Layer, ...]
+    uncovered: tuple[Uncovered, ...]

@@ -1,0 +1,189 @@
+"""A method is eight small parts; a program is what they write.
+
+Each part is abstract or final and has one job: the source of the statistics, the scope it acts on, the estimate of the
+curvature, how that is tracked over time, damped, solved with, rescaled, and how often. A published method is a function
+that composes parts with the paper's defaults (one file each in this folder). A method that does not fit writes its own
+:class:`Scope`: ``emit`` is still just ops.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from fxcurv.errors import FxcurvError
+from fxcurv.ir.program import Builder, Program
+from fxcurv.ir.types import Diag, Scalar
+from fxcurv.methods.facts import Facts, Target
+
+SOURCES = {
+    "mc": "labels sampled from the model's own predictions (unbiased for the GGN)",
+    "ggn": "exact Gauss-Newton: one backward pass for every output column and position",
+    "ggn_signs": "one backward pass for every output column, random signs over rows (unbiased)",
+    "empirical": "the gradients of the training loss itself",
+    "gradient": "none: only the parameter gradient is used",
+    "hessian": "products with the Hessian of the training loss",
+    "ggn_product": "products with the generalised Gauss-Newton matrix of the training loss",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where curvature comes from: ``kind`` is a key of SOURCES; ``samples`` counts label draws or probes."""
+
+    kind: str = "mc"
+    samples: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in SOURCES:
+            raise FxcurvError(f"fisher='{self.kind}' is not a source of curvature; choose one of {', '.join(SOURCES)}.")
+        if self.samples < 1:
+            raise FxcurvError(f"fisher_samples={self.samples} must be at least 1.")
+
+    @property
+    def taps(self) -> bool:
+        """Whether statistics of layers are captured."""
+        return self.kind in ("mc", "ggn", "ggn_signs", "empirical")
+
+
+@dataclass(frozen=True)
+class Every:
+    """Periods in steps: statistics every ``factors``, factorisations every ``solve``."""
+
+    factors: int = 1
+    solve: int = 1
+
+    def __post_init__(self) -> None:
+        for name, period in (("factor_every", self.factors), ("solve_every", self.solve)):
+            if period < 1:
+                raise FxcurvError(f"{name}={period} must be at least 1.")
+
+    @property
+    def cadences(self) -> dict[str, int]:
+        """Cadence names of programs."""
+        return {"statistics": self.factors, "refresh": self.solve}
+
+
+class Scope(ABC):
+    """Abstract: what one problem is (a layer, a tensor, the network), and the frame in which parts are called."""
+
+    @abstractmethod
+    def emit(self, b: Builder, method: Method, facts: Facts) -> None:
+        """Write the whole program."""
+
+
+class Estimate(ABC):
+    """Abstract: the curvature of one batch."""
+
+    @abstractmethod
+    def measure(self, b: Builder, facts: Facts, target: Target) -> dict[str, fx.Node]:
+        """Parts of the estimate by name ("A", "G", ...), normalised to the mean loss."""
+
+
+class Track(ABC):
+    """Abstract: the curvature over time."""
+
+    @abstractmethod
+    def follow(self, b: Builder, facts: Facts, target: Target, parts: dict[str, fx.Node]) -> dict[str, fx.Node]:
+        """Current values of the parts, kept as states of the same names."""
+
+
+class Damp(ABC):
+    """Abstract: how much is added to each factor."""
+
+    @abstractmethod
+    def split(self, b: Builder, facts: Facts, factors: dict[str, fx.Node]) -> dict[str, fx.Node]:
+        """Damping of every factor."""
+
+
+class Solve(ABC):
+    """Abstract: from curvature and gradient to a direction; what depends on curvature alone is built at "refresh"."""
+
+    @abstractmethod
+    def direction(
+        self, b: Builder, method: Method, facts: Facts, target: Target, gradient: fx.Node, parts: dict[str, fx.Node]
+    ) -> fx.Node:
+        """The preconditioned gradient, of the gradient's type."""
+
+
+class Rescale(ABC):
+    """Abstract: a common factor on all directions."""
+
+    @abstractmethod
+    def factor(self, b: Builder, facts: Facts, pairs: list[tuple[fx.Node, fx.Node]]) -> fx.Node:
+        """A scalar from pairs of (direction, gradient)."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What ``fxcurv.optimizer`` does with a direction.
+
+    kind: "step" for momentum and a learning rate; "newton" for a whole-optimizer method driven by a closure.
+    options: further options of that kind with their defaults.
+    """
+
+    kind: str = "step"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A second-order method: its parts and its run-time hyper-parameters.
+
+    hyper: numbers the program reads at run time (damping, ema, kl_clip, lr, ...); changing one recompiles nothing.
+    """
+
+    name: str
+    source: Source
+    scope: Scope
+    every: Every = Every()
+    estimate: Estimate | None = None
+    track: Track | None = None
+    damp: Damp | None = None
+    solve: Solve | None = None
+    rescale: Rescale | None = None
+    rule: Rule = Rule()
+    hyper: dict[str, float] = field(default_factory=dict)
+    max_factor_dim: int = 8192
+    sharing: str = "expand"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sharing not in ("expand", "reduce"):
+            raise FxcurvError(f"sharing='{self.sharing}' must be 'expand' or 'reduce'.")
+        for name, value in self.hyper.items():
+            if value < 0:
+                raise FxcurvError(f"{name}={value} must not be negative.")
+
+    def build(self, facts: Facts) -> Program:
+        """The update program of this method for a model."""
+        b = Builder(self.every.cadences)
+        self.scope.emit(b, self, facts)
+        return b.finish()
+
+
+def hyper(b: Builder, facts: Facts, name: str) -> fx.Node:
+    """A run-time hyper-parameter as a scalar input."""
+    with b.within(at="step", owner=()):
+        return b.input("hyper", name, facts.scalar())
+
+
+def curvature_weight(b: Builder, facts: Facts) -> fx.Node:
+    """The factor that turns a sum of squares of captured gradients into the curvature of the mean loss."""
+    with b.within(owner=()):
+        return b.input("stat", "weight", Scalar((), facts.dtype))
+
+
+def is_diagonal(factor: fx.Node) -> bool:
+    """Whether a factor is kept as the vector of its diagonal."""
+    return isinstance(factor.meta["type"], Diag)
+
+
+def flag(factor: fx.Node) -> tuple[bool, ...]:
+    """The operand that tells an op which takes a matrix or a diagonal that this is a diagonal."""
+    return (True,) if is_diagonal(factor) else ()

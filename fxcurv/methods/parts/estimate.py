@@ -1,0 +1,79 @@
+"""Estimates: what one batch says about the curvature of a layer (sheet kronecker-1, conventions and weight sharing)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxcurv.ir.program import Builder
+from fxcurv.methods.facts import Facts, Target
+from fxcurv.methods.method import Estimate, curvature_weight, flag
+
+
+def shared_rows(b: Builder, facts: Facts, target: Target, side: str) -> fx.Node:
+    """Rows of a side in the chosen flavour of weight sharing.
+
+    "expand" lets every position act as an example. "reduce" takes the mean input and the summed output gradient over
+    the positions of an example (Eschenhagen et al., 2023).
+    """
+    rows = target.rows(b, side)
+    if facts.sharing == "expand" or target.diagonal_input:
+        return rows
+    return b.mean_positions(rows) if side[0] == "a" else b.sum_positions(rows)
+
+
+def moment(b: Builder, facts: Facts, rows: fx.Node, size: int, diagonal: bool = False) -> fx.Node:
+    """Sum of outer products of rows; only its diagonal where asked for, or where the factor would be too wide."""
+    return b.diag_gram(rows) if diagonal or size > facts.max_factor_dim else b.gram(rows)
+
+
+def input_factor(b: Builder, facts: Facts, target: Target) -> fx.Node:
+    """A = mean over rows of a a^T, Psd[groups; d_in] (or its diagonal)."""
+    rows = shared_rows(b, facts, target, "a")
+    total = moment(b, facts, rows, target.d_in, target.diagonal_input)
+    return b.mean(total, b.count(rows))
+
+
+def output_factor(b: Builder, facts: Facts, target: Target) -> fx.Node:
+    """G = curvature-weighted sum over rows of g g^T, Psd[groups; d_out] (or its diagonal)."""
+    rows = shared_rows(b, facts, target, "g")
+    return b.scale(moment(b, facts, rows, target.d_out), curvature_weight(b, facts))
+
+
+@dataclass(frozen=True)
+class Kron(Estimate):
+    """K-FAC: kron(G, A) for every layer (Martens & Grosse 2015; convolutions Grosse & Martens 2016).
+
+    A weight that is both an embedding and an output projection has two Kronecker terms, kron(G, A) of the projection
+    and kron(H, C) of the embedding, H the token frequencies and C the Gram of the embedding's output gradients. They
+    are merged with a matched trace: kron(G, A + (tr H / tr G) C).
+    """
+
+    def measure(self, b: Builder, facts: Facts, target: Target) -> dict[str, fx.Node]:
+        inputs, outputs = input_factor(b, facts, target), output_factor(b, facts, target)
+        if target.swapped:
+            tokens = target.rows(b, "a2")
+            frequency = b.mean(b.diag_gram(tokens), b.count(tokens))
+            gram = moment(b, facts, target.rows(b, "g2"), target.d_in)
+            term = b.scale(gram, curvature_weight(b, facts))
+            ratio = b.safe_ratio(b.mean_diagonal(frequency, True), b.mean_diagonal(outputs, *flag(outputs)))
+            inputs = b.add(inputs, b.scale(term, ratio))
+        return {"A": inputs, "G": outputs}
+
+
+@dataclass(frozen=True)
+class InputGram(Estimate):
+    """FOOF: the input factor alone (Benzing 2022)."""
+
+    def measure(self, b: Builder, facts: Facts, target: Target) -> dict[str, fx.Node]:
+        return {"A": input_factor(b, facts, target)}
+
+
+@dataclass(frozen=True)
+class Diagonal(Estimate):
+    """The diagonal of the Fisher: mean over examples of the squared gradient of each example, Mat[groups; d_out, d_in]."""
+
+    def measure(self, b: Builder, facts: Facts, target: Target) -> dict[str, fx.Node]:
+        squares = b.grad_square(target.rows(b, "a"), target.rows(b, "g"))
+        return {"D": b.scale(squares, curvature_weight(b, facts))}

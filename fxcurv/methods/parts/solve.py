@@ -1,0 +1,106 @@
+"""Solves: from tracked curvature and a gradient to a direction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxcurv.ir.program import REFRESH, STATISTICS, Builder
+from fxcurv.ir.types import Diag, Orth, Type
+from fxcurv.methods.facts import Facts, Target
+from fxcurv.methods.method import Method, Solve, curvature_weight, flag, hyper
+
+Parts = dict[str, fx.Node]
+
+
+@dataclass(frozen=True)
+class Inverse(Solve):
+    """U = (G + dG I)^-1 V (A + dA I)^-1 by Cholesky factorisations; a side without a factor is left alone."""
+
+    def direction(
+        self, b: Builder, method: Method, facts: Facts, target: Target, gradient: fx.Node, parts: Parts
+    ) -> fx.Node:
+        assert method.damp is not None
+        with b.within(at=REFRESH):
+            damping = method.damp.split(b, facts, parts)
+            inverse = {part: b.inverse(parts[part], damping[part], *flag(parts[part])) for part in parts}
+        if "G" not in inverse:
+            return b.right_apply(gradient, inverse["A"])
+        return b.kron_apply(gradient, inverse["G"], inverse["A"])
+
+
+@dataclass(frozen=True)
+class Eigen(Solve):
+    """The whole block damped exactly: U = Q_G [ (Q_G^T V Q_A) / (e_G e_A^T + lambda) ] Q_A^T (damping scheme 1)."""
+
+    def direction(
+        self, b: Builder, method: Method, facts: Facts, target: Target, gradient: fx.Node, parts: Parts
+    ) -> fx.Node:
+        with b.within(at=REFRESH):
+            (e_a, q_a), (e_g, q_g) = eigenpairs(b, parts["A"]), eigenpairs(b, parts["G"])
+            spectrum = b.outer(e_g, e_a)
+        return in_basis(b, facts, gradient, q_g, q_a, spectrum)
+
+
+@dataclass(frozen=True)
+class Corrected(Solve):
+    """EKFAC: the eigenbasis of A and G, with the second moment of each example's gradient in it (George et al. 2018).
+
+    The basis is refreshed with the factorisations; there the second moment S restarts from the eigenvalue products, so
+    that it is never read in a basis in which it was not measured. Between refreshes S follows the batches.
+    """
+
+    def direction(
+        self, b: Builder, method: Method, facts: Facts, target: Target, gradient: fx.Node, parts: Parts
+    ) -> fx.Node:
+        name, scalar = target.name, facts.scalar()
+        with b.within(at=REFRESH):
+            (e_a, new_a), (e_g, new_g) = eigenpairs(b, parts["A"]), eigenpairs(b, parts["G"])
+            products = b.outer(e_g, e_a)
+        old_a = b.input("state", f"{name}.QA", new_a.meta["type"], init=_identity(new_a.meta["type"]))
+        old_g = b.input("state", f"{name}.QG", new_g.meta["type"], init=_identity(new_g.meta["type"]))
+        second = b.input("state", f"{name}.S", products.meta["type"], init="zeros")
+        updates = b.input("state", f"{name}.S_updates", scalar, init="zeros")
+        with b.within(at=STATISTICS):
+            rows_a, rows_g = target.rows(b, "a"), target.rows(b, "g")
+            count = b.count(rows_a)
+            measured = b.scale(b.second_moment(rows_a, rows_g, old_a, old_g), curvature_weight(b, facts))
+            weight = b.ema_weight(updates, count, hyper(b, facts, "ema"))
+            followed, ticked = b.ema(second, measured, weight), b.tick(updates, count)
+        with b.within(at=REFRESH):
+            one = b.one_like(updates)
+        spectrum = b.latest(products, b.latest(followed, second))
+        q_a, q_g = b.latest(new_a, old_a), b.latest(new_g, old_g)
+        b.give("state", f"{name}.QA", q_a)
+        b.give("state", f"{name}.QG", q_g)
+        b.give("state", f"{name}.S", spectrum)
+        b.give("state", f"{name}.S_updates", b.latest(one, b.latest(ticked, updates)))
+        return in_basis(b, facts, gradient, q_g, q_a, spectrum)
+
+
+@dataclass(frozen=True)
+class Divide(Solve):
+    """U = V / (D + lambda), elementwise."""
+
+    def direction(
+        self, b: Builder, method: Method, facts: Facts, target: Target, gradient: fx.Node, parts: Parts
+    ) -> fx.Node:
+        return b.damped_divide(gradient, parts["D"], hyper(b, facts, "damping"))
+
+
+def eigenpairs(b: Builder, factor: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Eigenvalues and basis of a factor."""
+    pairs = b.eigh(factor, *flag(factor))
+    return b.item(pairs, 0), b.item(pairs, 1)
+
+
+def in_basis(b: Builder, facts: Facts, gradient: fx.Node, q_g: fx.Node, q_a: fx.Node, spectrum: fx.Node) -> fx.Node:
+    """Q_G [ (Q_G^T V Q_A) / (spectrum + lambda) ] Q_A^T."""
+    scaled = b.damped_divide(b.rotate(gradient, q_g, q_a), spectrum, hyper(b, facts, "damping"))
+    return b.rotate_back(scaled, q_g, q_a)
+
+
+def _identity(type_: Type) -> str:
+    assert isinstance(type_, (Orth, Diag))
+    return "eye" if isinstance(type_, Orth) else "ones"

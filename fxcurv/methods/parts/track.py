@@ -1,0 +1,33 @@
+"""Tracks: how an estimate is carried from batch to batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from fxcurv.ir.program import Builder
+from fxcurv.methods.facts import Facts, Target
+from fxcurv.methods.method import Track, hyper
+
+
+@dataclass(frozen=True)
+class EMA(Track):
+    """Exponential moving average with weight min(1 - 1/k, ema) on the old value at the k-th update (Martens & Grosse 2015).
+
+    A batch in which the layer was not reached counts as no update.
+    """
+
+    def follow(self, b: Builder, facts: Facts, target: Target, parts: dict[str, fx.Node]) -> dict[str, fx.Node]:
+        count = b.count(target.rows(b, "a"))
+        updates = b.input("state", f"{target.name}.updates", facts.scalar(), init="zeros")
+        weight = b.ema_weight(updates, count, hyper(b, facts, "ema"))
+        b.give("state", f"{target.name}.updates", b.tick(updates, count))
+        followed = {}
+        for part, value in parts.items():
+            key = f"{target.name}.{part}"
+            old = b.input("state", key, value.meta["type"], init="zeros")
+            followed[part] = b.ema(old, value, weight)
+            b.give("state", key, followed[part])
+        return followed
+

@@ -1,0 +1,95 @@
+"""Published methods by name, with their defaults; the one place that turns hyper-parameters into a :class:`Method`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+from fxcurv.errors import FxcurvError
+from fxcurv.methods.method import Every, Method, Rule
+
+Composer = Callable[[SimpleNamespace], Method]
+
+COMMON: dict[str, Any] = {
+    "factor_every": 1,  # steps between statistics
+    "solve_every": 10,  # steps between factorisations
+    "max_factor_dim": 8192,  # a wider factor is kept diagonal
+    "sharing": "expand",  # positions of a shared weight: "expand" or "reduce"
+    "lr": 0.1,  # learning rate that the KL clip assumes; fxcurv.optimizer supplies its own
+    "momentum": 0.9,  # of fxcurv.optimizer
+    "weight_decay": 0.0,  # decoupled, of fxcurv.optimizer
+    "seed": 0,  # of label sampling and probes
+}
+RUN_TIME = ("damping", "ema", "kl_clip", "lr", "epsilon", "beta1", "beta2", "hessian_power", "zeta")
+PUBLISHED: dict[str, Published] = {}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A method of a paper: call it with hyper-parameters to get a :class:`Method`.
+
+    defaults: every hyper-parameter with its default. papers: numbers in papers.toml.
+    """
+
+    name: str
+    compose: Composer
+    defaults: dict[str, Any]
+    papers: tuple[int, ...]
+
+    @property
+    def summary(self) -> str:
+        """First line of the documentation."""
+        return (self.compose.__doc__ or "").strip().splitlines()[0]
+
+    @property
+    def doc(self) -> str:
+        """The documentation."""
+        return self.compose.__doc__ or ""
+
+    def __call__(self, **hyper: Any) -> Method:
+        unknown = sorted(set(hyper) - set(self.defaults))
+        if unknown:
+            known = ", ".join(sorted(self.defaults))
+            raise FxcurvError(f"method '{self.name}' has no hyper-parameter '{unknown[0]}'; it has {known}.")
+        o = SimpleNamespace(**{**self.defaults, **hyper})
+        method = self.compose(o)
+        numbers = {n: float(getattr(o, n)) for n in RUN_TIME if getattr(o, n, None) is not None}
+        return replace(
+            method,
+            name=self.name,
+            hyper=numbers,
+            every=Every(o.factor_every, o.solve_every),
+            rule=Rule(method.rule.kind, o.momentum, o.weight_decay, method.rule.options),
+            max_factor_dim=o.max_factor_dim,
+            sharing=o.sharing,
+            seed=o.seed,
+        )
+
+
+def published(name: str, papers: tuple[int, ...] = (), **defaults: Any) -> Callable[[Composer], Published]:
+    """Register a composition of parts under ``name``; ``defaults`` are its hyper-parameters beside the common ones."""
+
+    def add(compose: Composer) -> Published:
+        if name in PUBLISHED:
+            raise FxcurvError(f"method '{name}' is defined twice.")
+        PUBLISHED[name] = Published(name, compose, {**COMMON, **defaults}, papers)
+        return PUBLISHED[name]
+
+    return add
+
+
+def get_method(method: str | Method, **hyper: Any) -> Method:
+    """A method by name with hyper-parameters, or a ready :class:`Method` (which takes run-time numbers only)."""
+    if isinstance(method, Method):
+        unknown = sorted(set(hyper) - set(method.hyper))
+        if unknown:
+            raise FxcurvError(f"the given Method has no run-time number '{unknown[0]}'; it has {', '.join(method.hyper)}.")
+        return replace(method, hyper={**method.hyper, **{name: float(value) for name, value in hyper.items()}})
+    if method not in PUBLISHED:
+        near = difflib.get_close_matches(method, PUBLISHED, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(PUBLISHED))}."
+        raise FxcurvError(f"there is no method '{method}'; {hint}")
+    return PUBLISHED[method](**hyper)

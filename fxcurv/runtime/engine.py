@@ -1,0 +1,280 @@
+"""The engine: runs the slices of a program, commits their results, and keeps the schedule.
+
+A step runs one slice. The slice reports by flags which of its results are finite; here is decided what follows: states
+are kept only where all flags of their owners hold, failed factorisations go through the repair ladder, a layer with a
+bad update keeps its gradient. With everything finite (one look at one number) results are simply taken over.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxcurv.errors import FxcurvError, FxcurvWarning
+from fxcurv.ir.program import REFRESH, STATISTICS, Role
+from fxcurv.losses import Loss
+from fxcurv.methods.facts import program_dtype
+from fxcurv.passes.lower import Lowered, Slice
+from fxcurv.passes.manager import Compilation
+from fxcurv.runtime.info import StepInfo
+from fxcurv.runtime.oracles import GGNOracle, HessianOracle
+from fxcurv.runtime.repair import repair
+from fxcurv.runtime.sources import weight
+from fxcurv.runtime.states import States
+from fxcurv.runtime.statistics import Statistics, tap_types
+
+
+class Engine:
+    """One transformed model's program, state and schedule.
+
+    step counts finished steps, micro the backward calls of the running one. forced holds what ``due`` asked for.
+    """
+
+    def __init__(self, model: nn.Module, compilation: Compilation, loss: Loss | None, on_nonfinite: str) -> None:
+        assert compilation.method is not None and compilation.lowered is not None and compilation.facts is not None
+        self.model = model
+        self.compilation = compilation
+        self.method = compilation.method
+        self.facts = compilation.facts
+        self.lowered: Lowered = compilation.lowered
+        self.loss = loss
+        self.on_nonfinite = on_nonfinite
+        self.hyper = dict(self.method.hyper)
+        self.dtype = compilation.facts.dtype
+        self.states = States(self.lowered.program, self.device_of)
+        self.commits = self.lowered.commits()
+        types = {role.key: node.meta["type"] for role, node in self.lowered.program.inputs("stat").items()}
+        self.statistics = Statistics(tap_types(types))
+        self.oracle: HessianOracle | GGNOracle | None = None
+        self.step = 0
+        self.micro = 0
+        self.forced: dict[str, bool | None] = {STATISTICS: None, REFRESH: None}
+        self.warned: set[str] = set()
+
+    def clone(self, model: nn.Module) -> Engine:
+        """The same program with an independent copy of the state, for a copied model."""
+        other = Engine(model, self.compilation, self.loss, self.on_nonfinite)
+        other.hyper, other.step, other.forced = dict(self.hyper), self.step, dict(self.forced)
+        other.states = self.states.clone()
+        return other
+
+    # Schedule -------------------------------------------------------------------------------------------------------
+
+    def is_due(self, cadence: str) -> bool:
+        """Whether a cadence is due in the coming step: by ``due`` if it said so, else by its period."""
+        forced = self.forced.get(cadence)
+        period = self.lowered.program.cadences[cadence]
+        return self.step % period == 0 if forced is None else forced
+
+    def due(self) -> frozenset[str]:
+        """The cadences that are due in the coming step."""
+        return frozenset(name for name in self.lowered.program.cadences if self.is_due(name))
+
+    @property
+    def wants_statistics(self) -> bool:
+        """Whether the coming step uses statistics of layers."""
+        return self.method.source.taps and bool(self.statistics.types) and self.is_due(STATISTICS)
+
+    # A step ---------------------------------------------------------------------------------------------------------
+
+    def run(self, scaler: Any = None, rate: float | None = None) -> StepInfo:
+        """Turn the parameters' gradients into update directions, in place; see ``CurvatureModule.precondition_``."""
+        scale, overflow = gradient_scale(scaler, self.parameters().values())
+        if overflow:
+            self.discard()
+            return StepInfo(self.step, skipped=True)
+        due = self.due()
+        terms = self._check_statistics(STATISTICS in due)
+        current = self.lowered.slice(due)
+        inputs = self._inputs(current, terms, scale, rate)
+        results = dict(zip(current.outputs, current.function(*inputs.values()), strict=True))
+        info = self._commit(due, inputs, results, terms, scale)
+        self.step += 1
+        self.micro = 0
+        self.forced = {STATISTICS: None, REFRESH: None}
+        self.discard()
+        return info
+
+    def discard(self) -> None:
+        """Forget statistics and oracles of an unfinished step."""
+        self.statistics.discard()
+        self.oracle = None
+        self.micro = 0
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by full name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def device_of(self, owner: str) -> torch.device:
+        """The device of a layer or parameter; that of the first parameter for anything else."""
+        parameters = dict(self.model.named_parameters())
+        for target in self.facts.targets:
+            if target.name == owner and target.weight is not None:
+                return parameters[target.weight].device
+        if owner in parameters:
+            return parameters[owner].device
+        return next((p.device for p in parameters.values()), torch.device("cpu"))
+
+    def _check_statistics(self, due: bool) -> float:
+        """Number of loss terms behind the statistics; raises :class:`FxcurvError` when they are missing or wrong."""
+        name, source, statistics = self.method.name, self.method.source, self.statistics
+        if source.kind in ("hessian", "ggn_product"):
+            if self.oracle is None and (due or source.kind == "ggn_product"):
+                raise FxcurvError(
+                    f"'{name}' needs products with the curvature of this batch: call model.backward(loss, outputs) "
+                    "in place of loss.backward() before the step."
+                )
+            return 0.0
+        if not (due and source.taps and statistics.types):
+            return 0.0
+        if statistics.plain and source.kind != "empirical":
+            raise FxcurvError(
+                f"these statistics come from loss.backward(), but '{name}' uses fisher='{source.kind}': call "
+                "model.backward(loss, outputs) in its place, or transform with fisher='empirical'."
+            )
+        if source.kind == "empirical" and statistics.plain:
+            if self.loss is not None and self.loss.needs_targets and not statistics.collected:
+                raise FxcurvError(
+                    "the loss weights or ignores terms, so their number is unknown after loss.backward(): call "
+                    "model.backward(loss, outputs, targets=...) in its place."
+                )
+            statistics.take_plain()
+        if not statistics.arrived:
+            raise FxcurvError(
+                f"no statistics have arrived for step {self.step} of '{name}': run the model in training mode and call "
+                "model.backward(loss, outputs) before precondition_()."
+            )
+        return float(statistics.terms)
+
+    def _inputs(self, current: Slice, terms: float, scale: float, rate: float | None) -> dict[Role, Any]:
+        parameters = self.parameters()
+        summed = self.loss is not None and self.loss.reduction == "sum"
+        factor = 1.0 / (scale * (terms if summed and terms else 1.0))
+        numbers = {**self.hyper, "seed": float(self.method.seed), "step": float(self.step)}
+        if rate is not None:
+            numbers["lr"] = rate
+        inputs: dict[Role, Any] = {}
+        for role in current.inputs:
+            if role.kind == "grad":
+                parameter = parameters[role.key]
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
+                grad = grad.to(program_dtype(parameter.dtype))
+                inputs[role] = grad if factor == 1.0 else grad * factor
+            elif role.kind == "state":
+                inputs[role] = self.states.values[role]
+            elif role.kind == "hyper":
+                inputs[role] = torch.tensor(numbers[role.key], dtype=self.dtype)
+            elif role.kind == "oracle":
+                inputs[role] = self.oracle
+            elif role.key == "weight":
+                inputs[role] = torch.tensor(weight(self.method.source, self.loss, terms, scale), dtype=self.dtype)
+            else:
+                inputs[role] = self.statistics.value(role.key, self._stat_device(role.key))
+        return inputs
+
+    def _stat_device(self, key: str) -> torch.device:
+        known = [device for (k, device) in self.statistics.slots if k == key]
+        return known[0] if known else self.device_of("")
+
+    def _commit(
+        self, due: frozenset[str], inputs: dict[Role, Any], results: dict[Role, Any], terms: float, scale: float
+    ) -> StepInfo:
+        flags = {role.key: value for role, value in results.items() if role.kind == "flag"}
+        fallback: set[str] = set()
+        repaired: tuple[str, ...] = ()
+        kept: tuple[str, ...] = ()
+        if flags and not bool(torch.stack([f.reshape(()) for f in flags.values()]).all()):
+            if self.on_nonfinite == "raise":
+                where = ", ".join(sorted(key.rpartition(":")[0] for key, flag in flags.items() if not bool(flag)))
+                raise FxcurvError(f"step {self.step}: not finite in {where}; nothing was changed.")
+            results, fallback, repaired, kept = self._recover(due, inputs, results, flags)
+        for role, value in results.items():
+            if role.kind == "state":
+                self.states.values[role] = value
+        self._write(results, fallback, scale)
+        scalars = {role.key: value for role, value in results.items() if role.kind == "info"}
+        self.last_info = scalars
+        clip = scalars.get("kl_scale")
+        return StepInfo(
+            self.step,
+            statistics=STATISTICS in due and (self.method.source.taps or self.oracle is not None),
+            refresh=REFRESH in due,
+            terms=terms,
+            kl_scale=None if clip is None else float(clip),
+            fallback=tuple(sorted(fallback)),
+            repaired=repaired,
+            kept=kept,
+        )
+
+    def _recover(
+        self, due: frozenset[str], inputs: dict[Role, Any], results: dict[Role, Any], flags: dict[str, Tensor]
+    ) -> tuple[dict[Role, Any], set[str], tuple[str, ...], tuple[str, ...]]:
+        """The results to commit after something was not finite, with fallback, repaired and kept layers."""
+        good = {key for key, flag in flags.items() if bool(flag)}
+
+        def holds(role: Role, cadences: Iterable[str]) -> bool:
+            pairs = [(owner, every) for owner, every in self.commits[role] if every in cadences and every in due]
+            return all(f"{owner}:{every}" in good for owner, every in pairs)
+
+        bad_statistics = {key.rpartition(":")[0] for key in flags if key.endswith(f":{STATISTICS}") and key not in good}
+        states = {role: value for role, value in results.items() if role.kind == "state"}
+        failed = [r for r in states if not holds(r, (REFRESH,)) and holds(r, (STATISTICS,))]
+        fixed = repair(self.lowered, due, inputs, failed) if failed else {}
+        committed = {r: v for r, v in states.items() if holds(r, due)} | fixed
+        owners = {owner for role in failed for owner, _ in self.commits[role]}
+        lost = {o for r in failed if r not in fixed for o, _ in self.commits[r]}
+        updates = {role: value for role, value in results.items() if role.kind == "update"}
+        rest = {role: value for role, value in results.items() if role.kind == "info"}
+        if failed or bad_statistics:
+            renewed = self.lowered.slice(())
+            values = {**inputs, **{r: committed.get(r, self.states.values[r]) for r in self.states.values}}
+            missing = [role for role in renewed.inputs if role not in values]
+            if not missing:
+                second = dict(zip(renewed.outputs, renewed.function(*(values[r] for r in renewed.inputs)), strict=True))
+                updates = {role: value for role, value in second.items() if role.kind == "update"}
+                rest |= {role: value for role, value in second.items() if role.kind == "info"}
+                good -= {key for key in good if key.endswith(":step")}
+                good |= {role.key for role, value in second.items() if role.kind == "flag" and bool(value)}
+        never = {o for o in lost if all(not bool(self.states.values[r].any()) for r in failed if r not in fixed)}
+        steps = {key.rpartition(":")[0] for key in flags if key.endswith(":step")}
+        fallback = {owner for owner in steps if f"{owner}:step" not in good} | (bad_statistics & steps) | (never & steps)
+        self._warn(fallback, lost)
+        return {**committed, **updates, **rest}, fallback, tuple(sorted(owners - lost)), tuple(sorted(lost))
+
+    def _warn(self, fallback: set[str], lost: set[str]) -> None:
+        for cause, names, what in (
+            ("fallback", fallback, "keep their plain gradient in this step because something was not finite"),
+            ("kept", lost, "keep their previous factorisation because the new one failed at every damping"),
+        ):
+            if names and cause not in self.warned:
+                self.warned.add(cause)
+                warnings.warn(f"layers {', '.join(sorted(names))} {what} (step {self.step}).", FxcurvWarning, stacklevel=5)
+
+    def _write(self, results: dict[Role, Any], fallback: set[str], scale: float) -> None:
+        parameters = self.parameters()
+        owner_of = {name: target.name for target in self.facts.targets for name in (target.weight, target.bias) if name}
+        for role, value in results.items():
+            if role.kind != "update" or owner_of.get(role.key, role.key) in fallback:
+                continue
+            grad = parameters[role.key].grad
+            if grad is not None:
+                grad.detach().copy_(value if scale == 1.0 else value * scale)
+
+
+def gradient_scale(scaler: Any, parameters: Iterable[Tensor]) -> tuple[float, bool]:
+    """(scale that gradients still carry, whether they overflowed) under a gradient scaler.
+
+    After ``scaler.unscale_`` the gradients are plain and the scaler knows of an overflow; before it they carry the
+    scale and are looked at here.
+    """
+    if scaler is None or not scaler.is_enabled():
+        return 1.0, False
+    unscaled = [s for s in scaler._per_optimizer_states.values() if s["found_inf_per_device"]]
+    if unscaled:
+        return 1.0, any(float(v) > 0 for s in unscaled for v in s["found_inf_per_device"].values())
+    overflow = any(p.grad is not None and not bool(torch.isfinite(p.grad).all()) for p in parameters)
+    return float(scaler.get_scale()), overflow

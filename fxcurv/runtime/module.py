@@ -1,0 +1,354 @@
+"""CurvatureModule: the user's model with a curvature engine beside it.
+
+It shares the user's parameters, buffers and sub-modules (the very dictionaries), so names, tensors and optimizers stay
+what they were. Steps without statistics, and evaluation, run the user's own module; a step with statistics runs the
+tapped graph instead. Its own attributes are class properties and entries of ``__dict__``: they win over a sub-module of
+the user's that happens to be called ``layers`` or ``graph``, which stays reachable through ``strip()``.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxcurv.errors import FxcurvError
+from fxcurv.ir.program import REFRESH, STATISTICS, Program
+from fxcurv.layers.layer import Layer
+from fxcurv.layers.tap import disarmed
+from fxcurv.passes.manager import Record
+from fxcurv.passes.tap import Tapped
+from fxcurv.runtime.engine import Engine
+from fxcurv.runtime.forward import Forwards
+from fxcurv.runtime.info import StepInfo
+from fxcurv.runtime.oracles import GGNOracle, HessianOracle
+from fxcurv.runtime.report import Report, make_report
+from fxcurv.runtime.sources import columns, run_columns
+
+PREFIX = "curvature."
+
+
+class CurvatureModule(nn.Module):
+    """A model under a second-order method; make one with :func:`fxcurv.transform`."""
+
+    def __init__(self, model: nn.Module, engine: Engine, forwards: Forwards) -> None:
+        super().__init__()
+        own = self.__dict__
+        own["_parameters"], own["_buffers"], own["_modules"] = model._parameters, model._buffers, model._modules
+        own["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
+        own["_model"], own["_engine"], own["_forwards"] = model, engine, forwards
+        own["_batch"] = None
+        own["training"] = model.training
+        own["_tapped"] = False
+        self._arm()
+
+    # The model ------------------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_model"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output. In training steps on which statistics are due, backward passes deliver them."""
+        if not self._tapped or not torch.is_grad_enabled():
+            return self._model(*args, **kwargs)
+        return self._run_tapped(args, kwargs)
+
+    def _run_tapped(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        engine = self._engine
+        if not torch.compiler.is_compiling():
+            self._drop_abandoned()
+        if not engine.method.source.taps:
+            with _double_differentiable(engine.method.source.kind):
+                return self._model(*args, **kwargs)
+        forward, leaves = self._forwards.find(engine, args, kwargs)
+        output = forward(engine, leaves)
+        self._note_batch(leaves)
+        return output
+
+    @torch.compiler.disable
+    def _note_batch(self, leaves: list[Tensor]) -> None:
+        self.__dict__["_batch"] = next((int(x.shape[0]) for x in leaves if x.ndim), None)
+
+    def _drop_abandoned(self) -> None:
+        """Forget statistics whose gradients somebody has zeroed: their step was abandoned."""
+        if self._engine.statistics.arrived:
+            grads = [p.grad for p in self._engine.parameters().values() if p.grad is not None]
+            if not any(bool(grad.any()) for grad in grads):
+                self._engine.discard()
+
+    def train(self, mode: bool = True) -> CurvatureModule:
+        """Set training mode on the model."""
+        super().train(mode)
+        self._model.train(mode)
+        self._arm()
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset gradients, and forget the statistics that belong to them."""
+        super().zero_grad(set_to_none)
+        self._engine.discard()
+
+    def strip(self) -> nn.Module:
+        """The user's model."""
+        return self._model  # type: ignore[no-any-return]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CurvatureModule:
+        super()._apply(fn, recurse)
+        self._engine.states.move(fn)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CurvatureModule:
+        model = copy.deepcopy(self._model, memo)
+        other = CurvatureModule(model, self._engine.clone(model), self._forwards.clone())
+        memo[id(self)] = other
+        return other
+
+    def _arm(self) -> None:
+        """Decide whether the coming forward passes are tapped: the one bool that ``forward`` branches on."""
+        engine = self._engine
+        forced = engine.forced[STATISTICS] is True
+        wanted = engine.wants_statistics or (engine.method.source.kind == "hessian" and engine.is_due(STATISTICS))
+        wanted = wanted or engine.method.source.kind == "ggn_product"
+        self.__dict__["_tapped"] = bool(wanted and (self.training or forced))
+
+    # A training step ------------------------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        loss: Tensor,
+        outputs: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        mask: Tensor | None = None,
+        **backward_kwargs: Any,
+    ) -> None:
+        """Deliver statistics and gradients from one forward pass.
+
+        loss: the scalar to differentiate. outputs: the tensor that was given to the loss function. targets, or a
+        boolean mask over loss terms: needed when the loss weights or ignores terms. Further arguments go to
+        ``loss.backward``. Under ``no_grad`` (a line search evaluating the closure) nothing happens.
+
+        Raises :class:`FxcurvError` when the method's source needs something that is missing.
+        """
+        if not torch.is_grad_enabled():
+            return
+        engine = self._engine
+        source = engine.method.source
+        if source.kind == "gradient" or not self._tapped:
+            loss.backward(**backward_kwargs)
+            return
+        if source.kind == "hessian":
+            engine.oracle = engine.oracle or HessianOracle(list(engine.parameters().values()))
+            engine.oracle.add(loss)  # type: ignore[union-attr, call-arg]
+            loss.backward(**{**backward_kwargs, "retain_graph": True})
+            return
+        self._check_outputs(outputs)
+        if source.kind == "empirical":
+            loss.backward(**backward_kwargs)
+            if engine.loss is not None and outputs is not None:
+                before = float(engine.statistics.terms)
+                engine.statistics.collect()
+                engine.statistics.terms = before + float(engine.loss.count(outputs.detach(), targets, mask))
+            return
+        assert engine.loss is not None and outputs is not None
+        if source.kind == "ggn_product":
+            engine.oracle = engine.oracle or GGNOracle(list(engine.parameters().values()), engine.loss)
+            engine.oracle.add(outputs, targets, mask)  # type: ignore[call-arg]
+            loss.backward(**{**backward_kwargs, "retain_graph": True})
+            return
+        if engine.statistics.plain:
+            raise FxcurvError(
+                "loss.backward() has already filled statistics of this step; use model.backward(loss, outputs) for every "
+                "micro-batch of a step, or none."
+            )
+        key = (engine.method.seed, engine.step, engine.micro)
+        batch, rows = self._batch, int(outputs.shape[0]) if outputs.ndim else 1
+        examples = batch if batch and rows != batch and rows % batch == 0 else None
+        run_columns(
+            engine.statistics, outputs, columns(source, engine.loss, outputs.detach(), key, targets, mask, examples)
+        )
+        engine.statistics.terms = engine.statistics.terms + float(engine.loss.count(outputs.detach(), targets, mask))
+        engine.micro += 1
+        with disarmed():
+            loss.backward(**backward_kwargs)
+        engine.statistics.forget_slots()
+
+    def _check_outputs(self, outputs: Tensor | None) -> None:
+        engine = self._engine
+        kind, name = engine.method.source.kind, engine.method.name
+        if kind == "empirical":
+            return
+        if outputs is None:
+            raise FxcurvError(
+                f"'{name}' with fisher='{kind}' needs the tensor that was given to the loss function: call "
+                "model.backward(loss, outputs)."
+            )
+        if not outputs.requires_grad:
+            raise FxcurvError("the outputs given to model.backward do not depend on the model's parameters.")
+        if engine.loss is None:
+            raise FxcurvError(
+                f"'{name}' with fisher='{kind}' needs to know the loss: pass loss= to fxcurv.transform, for example "
+                "loss='cross_entropy'."
+            )
+
+    def precondition_(self, scaler: Any = None) -> StepInfo:
+        """Turn every covered ``p.grad`` into the update direction, in place, and advance the schedule.
+
+        scaler: a ``torch.amp.GradScaler``; when it found an overflow, nothing changes.
+
+        Raises :class:`FxcurvError` when no statistics arrived, when they came from the wrong call, or for a method
+        that is a whole optimizer.
+        """
+        if self._engine.method.rule.kind != "step":
+            raise FxcurvError(
+                f"'{self._engine.method.name}' is a whole optimizer: use fxcurv.optimizer(model) and opt.step(closure)."
+            )
+        return self._precondition(scaler, None)
+
+    def _precondition(self, scaler: Any, rate: float | None) -> StepInfo:
+        info = self._engine.run(scaler, rate)
+        self._arm()
+        return info
+
+    def due(self, *, statistics: bool | None = None, refresh: bool | None = None) -> dict[str, bool]:
+        """Say what the coming step does (``None``: by schedule), and return what is due.
+
+        With ``statistics=True`` statistics are captured in eval mode too.
+        """
+        engine = self._engine
+        if refresh is False and engine.step == 0:
+            raise FxcurvError("refresh=False in the first step would leave every factorisation empty.")
+        engine.forced = {STATISTICS: statistics, REFRESH: refresh}
+        self._arm()
+        return {"statistics": engine.is_due(STATISTICS), "refresh": engine.is_due(REFRESH)}
+
+    def discard(self) -> None:
+        """Forget the statistics of an abandoned step."""
+        self._engine.discard()
+
+    # Looking inside -------------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers that are preconditioned."""
+        return self._engine.compilation.layers  # type: ignore[no-any-return]
+
+    @property
+    def uncovered(self) -> tuple[tuple[str, str], ...]:
+        """(parameter, reason) for every trainable parameter that keeps its plain gradient."""
+        return tuple((row.parameter, row.reason) for row in self.report().rows if row.status == "gradient only")
+
+    @property
+    def graph(self) -> Tapped:
+        """The tapped forward graph of the transform's example call."""
+        return self._engine.compilation.tapped  # type: ignore[no-any-return]
+
+    @property
+    def program(self) -> Program:
+        """The update program."""
+        return self._engine.lowered.program  # type: ignore[no-any-return]
+
+    @property
+    def history(self) -> tuple[Record, ...]:
+        """What each pass did, with the program's text after it."""
+        return tuple(self._engine.compilation.history)
+
+    @property
+    def hyper(self) -> dict[str, float]:
+        """Run-time hyper-parameters; assign to an entry to change it from the next step on."""
+        return self._engine.hyper  # type: ignore[no-any-return]
+
+    def factors(self, name: str) -> dict[str, Tensor]:
+        """The tracked curvature of a layer: dense, undamped, of the mean loss.
+
+        "A" (d_in x d_in, a bias's constant coordinate last) and "G" (d_out x d_out) such that kron(G, A) approximates
+        the block in the row-major order of ``[W b].flatten()``; EKFAC adds "QA", "QG", "S" (d_out x d_in); norm layers
+        have "F", the exact blocks (units, 2, 2). A factor kept diagonal is dense up to ``max_factor_dim``, else the
+        vector of its diagonal. Groups are a leading dimension.
+        """
+        targets = {target.name: target for target in self._engine.facts.targets}
+        if name not in targets:
+            raise FxcurvError(f"there is no layer '{name}'; there are {', '.join(targets) or 'none'}.")
+        limit = self._engine.facts.max_factor_dim
+        states = self._engine.states
+        found = {}
+        for part in ("A", "G", "QA", "QG", "S", "D", "F"):
+            role = states.by_key.get(f"{name}.{part}")
+            if role is not None:
+                value = states.values[role].clone()
+                diagonal = type(states.types[role]).__name__ == "Diag" and value.shape[-1] <= limit
+                found[part] = torch.diag_embed(value) if diagonal else value
+        return found
+
+    def report(self) -> Report:
+        """What was found and how it is treated: a row for every trainable parameter."""
+        return make_report(self._engine)
+
+    # State ----------------------------------------------------------------------------------------------------------
+
+    def _curvature_entries(self) -> dict[str, Tensor]:
+        entries = self._engine.states.named()
+        return {**entries, "step": torch.tensor(self._engine.step, dtype=torch.int64)}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._model._save_to_state_dict(destination, prefix, keep_vars)
+        for key, value in self._curvature_entries().items():
+            destination[f"{prefix}{PREFIX}{key}"] = value.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        engine, start = self._engine, f"{prefix}{PREFIX}"
+        entries = {key[len(start) :]: value for key, value in state_dict.items() if key.startswith(start)}
+        known = set(self._curvature_entries())
+        if strict:
+            _check_keys(set(entries), known, engine.method.name)
+        step = entries.pop("step", None)
+        values = engine.states.check({key: value for key, value in entries.items() if key in known})
+        plain = {key: value for key, value in state_dict.items() if not key.startswith(start)}
+        self._model._load_from_state_dict(
+            plain, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        engine.states.load(values)
+        if step is not None:
+            engine.step = int(step)
+        engine.discard()
+        self._arm()
+
+
+def _check_keys(found: set[str], known: set[str], method: str) -> None:
+    if not found:
+        raise FxcurvError(
+            "the state dict holds no curvature state; load it into model.strip(), or pass strict=False to start the "
+            "curvature afresh."
+        )
+    missing, foreign = sorted(known - found), sorted(found - known)
+    if missing or foreign:
+        what = f"has no 'curvature.{missing[0]}'" if missing else f"has a foreign 'curvature.{foreign[0]}'"
+        more = len(missing) + len(foreign) - 1
+        raise FxcurvError(
+            f"the state dict {what}{f' ({more} more keys differ)' if more else ''}: it was saved by another method or "
+            f"model than this '{method}'; transform with the same settings, or pass strict=False."
+        )
+
+
+def _double_differentiable(kind: str) -> Any:
+    """Fused attention has no second derivative: products with curvature need the plain one."""
+    if kind in ("hessian", "ggn_product"):
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()

@@ -1,0 +1,110 @@
+"""fxcurv.optimizer: a ``torch.optim.Optimizer`` with the complete update rule of a model's method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fxcurv.errors import FxcurvError
+from fxcurv.runtime.info import StepInfo
+from fxcurv.runtime.module import CurvatureModule
+from fxcurv.runtime.newton import NEWTON, newton_step
+
+
+class CurvatureOptimizer(Optimizer):
+    """Preconditions, then steps: v = momentum v + direction, p = p - lr (v + weight_decay p).
+
+    Weight decay is decoupled: outside the preconditioner, the KL clip and the momentum (Zhang et al. 2018). ``info`` is
+    the :class:`StepInfo` of the last step. A step whose gradients are not finite changes no parameter.
+    """
+
+    def __init__(self, model: CurvatureModule, defaults: dict[str, Any]) -> None:
+        self.model = model
+        self.info: StepInfo | None = None
+        super().__init__([p for p in model.parameters() if p.requires_grad], defaults)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset gradients, and forget the statistics that belong to them."""
+        super().zero_grad(set_to_none)
+        self.model.discard()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """One step. closure: zeroes the gradients, runs the model and ``model.backward``, returns the loss.
+
+        Raises :class:`FxcurvError` without a closure for a method that evaluates the loss again.
+        """
+        method = self.model._engine.method
+        if method.rule.kind == "newton":
+            if closure is None:
+                raise FxcurvError(f"'{method.name}' evaluates the loss several times a step: call opt.step(closure).")
+            loss, self.info = newton_step(self.model, self.param_groups[0], closure)
+            return loss
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.info = self.model._precondition(None, float(self.param_groups[0]["lr"]))
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not all(bool(torch.isfinite(p.grad).all()) for p in parameters if p.grad is not None):
+            return loss
+        for group in self.param_groups:
+            self._descend(group)
+        return loss
+
+    def _descend(self, group: dict[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        directions = [p.grad for p in parameters]
+        if group["momentum"]:
+            velocities = []
+            for p in parameters:
+                state = self.state[p]
+                if "velocity" not in state:
+                    state["velocity"] = torch.zeros_like(p)
+                velocities.append(state["velocity"])
+            torch._foreach_mul_(velocities, group["momentum"])
+            torch._foreach_add_(velocities, directions)
+            directions = velocities
+        rate = float(group["lr"])
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1.0 - rate * group["weight_decay"])
+        torch._foreach_add_(parameters, directions, alpha=-rate)
+
+
+def optimizer(
+    model: CurvatureModule,
+    lr: float | None = None,
+    momentum: float | None = None,
+    weight_decay: float | None = None,
+    **options: Any,
+) -> CurvatureOptimizer:
+    """The optimizer of a transformed model, with the method's defaults for what is not given.
+
+    options: of a whole-optimizer method (see ``fxcurv methods NAME``); raises :class:`FxcurvError` on an unknown one.
+    """
+    if not isinstance(model, CurvatureModule):
+        raise FxcurvError("fxcurv.optimizer takes a model made by fxcurv.transform.")
+    engine = model._engine
+    rule = engine.method.rule
+    extra = NEWTON if rule.kind == "newton" else {}
+    unknown = sorted(set(options) - set(extra))
+    if unknown:
+        known = ", ".join(("lr", "momentum", "weight_decay", *extra))
+        raise FxcurvError(f"the optimizer of '{engine.method.name}' has no option '{unknown[0]}'; it has {known}.")
+    defaults = {
+        "lr": engine.hyper.get("lr", 0.1) if lr is None else lr,
+        "momentum": rule.momentum if momentum is None else momentum,
+        "weight_decay": rule.weight_decay if weight_decay is None else weight_decay,
+    }
+    for name, value in defaults.items():
+        if value < 0:
+            raise FxcurvError(f"{name}={value} must not be negative.")
+    if rule.kind == "newton":
+        defaults |= {**extra, **options, "damping": engine.hyper["damping"]}
+    return CurvatureOptimizer(model, defaults)

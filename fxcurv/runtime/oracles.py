@@ -1,0 +1,66 @@
+"""Oracles: products with the Hessian and the Gauss-Newton matrix on the live graph of a backward call.
+
+The graph of the user's own forward is kept until the step has used it. Batch, dropout masks and batch statistics are
+frozen in it, so within one step the operator is one fixed symmetric matrix; no buffer and no random state moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxcurv.losses import Loss
+
+
+class HessianOracle:
+    """Products with the Hessian of the loss, by differentiating the gradient again (sheet matrix-free, CVP 6b)."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = list(parameters)
+        self.gradients: list[tuple[Tensor | None, ...]] = []
+
+    def add(self, loss: Tensor) -> None:
+        """Include a micro-batch's loss."""
+        self.gradients.append(torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True))
+
+    def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """H v for vectors shaped like the parameters, in the parameters' dtypes."""
+        totals = [torch.zeros_like(vector) for vector in vectors]
+        for gradients in self.gradients:
+            pairs = [(g, v.to(g.dtype)) for g, v in zip(gradients, vectors, strict=True) if g is not None and g.requires_grad]
+            if pairs:
+                products = torch.autograd.grad(
+                    [g for g, _ in pairs], self.parameters, [v for _, v in pairs], retain_graph=True, allow_unused=True
+                )
+                totals = [t if h is None else t + h.to(t.dtype) for t, h in zip(totals, products, strict=True)]
+        return totals
+
+
+class GGNOracle:
+    """Products with J^T H J / N: forward through the Jacobian, the loss Hessian, and back (sheet matrix-free, CVP 3)."""
+
+    def __init__(self, parameters: Sequence[Tensor], loss: Loss) -> None:
+        self.parameters = list(parameters)
+        self.loss = loss
+        self.parts: list[tuple[Tensor, Tensor, tuple[Tensor | None, ...], Tensor | None, Tensor | None]] = []
+        self.terms = 0.0
+
+    def add(self, outputs: Tensor, targets: Tensor | None, mask: Tensor | None) -> None:
+        """Include a micro-batch's outputs."""
+        seed = torch.zeros_like(outputs).requires_grad_()
+        pulled = torch.autograd.grad(outputs, self.parameters, seed, create_graph=True, allow_unused=True)
+        self.parts.append((outputs, seed, pulled, targets, mask))
+        self.terms += float(self.loss.count(outputs, targets, mask))
+
+    def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """G v for vectors shaped like the parameters."""
+        totals = [torch.zeros_like(vector) for vector in vectors]
+        for outputs, seed, pulled, targets, mask in self.parts:
+            pairs = [(p, v.to(p.dtype)) for p, v in zip(pulled, vectors, strict=True) if p is not None]
+            (tangent,) = torch.autograd.grad([p for p, _ in pairs], [seed], [v for _, v in pairs], retain_graph=True)
+            cotangent = self.loss.hessian_product(outputs, tangent, targets, mask)
+            back = torch.autograd.grad(outputs, self.parameters, cotangent, retain_graph=True, allow_unused=True)
+            totals = [t if g is None else t + g.to(t.dtype) for t, g in zip(totals, back, strict=True)]
+        return [total / max(self.terms, 1.0) for total in totals]

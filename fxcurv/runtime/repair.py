@@ -1,0 +1,46 @@
+"""The repair ladder for failed factorisations.
+
+First the same computation in float64, then with the damping times 10, at most five times. Whatever the method, only the
+nodes behind the failed states run, from the slice's own inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxcurv.ir.program import Role
+from fxcurv.passes.lower import Lowered
+
+ATTEMPTS = 5
+STRENGTHS = ("damping", "epsilon")  # the hyper-parameters that regularise a factorisation
+
+
+def repair(lowered: Lowered, due: Iterable[str], inputs: dict[Role, Any], failed: list[Role]) -> dict[Role, Tensor]:
+    """Finite values for as many of the ``failed`` states as possible, in the states' own dtype."""
+    part = lowered.slice(due, only=frozenset(failed))
+    wide = {role: _double(inputs[role]) for role in part.inputs}
+    found: dict[Role, Tensor] = {}
+    for attempt in range(ATTEMPTS + 1):
+        for role in wide:
+            if role.kind == "hyper" and role.key in STRENGTHS:
+                wide[role] = _double(inputs[role]) * 10.0**attempt
+        results = dict(zip(part.outputs, part.function(*wide.values()), strict=True))
+        for role in failed:
+            if role not in found and bool(torch.isfinite(results[role]).all()):
+                found[role] = results[role].to(inputs_dtype(lowered, role))
+        if len(found) == len(failed):
+            break
+    return found
+
+
+def inputs_dtype(lowered: Lowered, role: Role) -> torch.dtype:
+    """The dtype in which a state is kept."""
+    return lowered.program.inputs("state")[role].meta["type"].dtype  # type: ignore[no-any-return]
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,0 +1,81 @@
+"""Sources of curvature: which backward passes a call of ``model.backward`` makes.
+
+Every pass back-propagates a *column*: a tensor shaped like the outputs whose outer product is, in expectation or in
+sum, the Hessian of the summed loss terms. The program divides by their number.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fxcurv.errors import FxcurvError, FxcurvWarning
+from fxcurv.losses import Loss
+from fxcurv.methods.method import Source
+from fxcurv.runtime.statistics import Statistics
+
+MANY_COLUMNS = 64
+
+
+def columns(
+    source: Source,
+    loss: Loss,
+    outputs: Tensor,
+    key: tuple[int, ...],
+    targets: Tensor | None,
+    mask: Tensor | None,
+    examples: int | None,
+) -> Iterator[Tensor]:
+    """The columns of a source for one micro-batch; ``key`` = (seed, step, micro-batch) fixes all random draws."""
+    if source.kind == "mc":
+        for sample in range(source.samples):
+            yield loss.sample(outputs, (*key, sample), targets, mask)
+    elif source.kind == "ggn_signs":
+        for sample in range(source.samples):
+            yield from loss.sign_columns(outputs, (*key, sample), targets, mask)
+    else:
+        count = loss.column_count(outputs, examples)
+        if count > MANY_COLUMNS:
+            warnings.warn(
+                f"fisher='ggn' runs {count} backward passes for every batch of this shape (one for each output column "
+                "and position); 'ggn_signs' or 'mc' are unbiased with far fewer.",
+                FxcurvWarning,
+                stacklevel=4,
+            )
+        yield from loss.columns(outputs, targets, mask, examples)
+
+
+def run_columns(statistics: Statistics, outputs: Tensor, found: Iterator[Tensor]) -> None:
+    """Back-propagate columns into the slots and collect; no weight gradient is computed.
+
+    Raises :class:`FxcurvError` when the graph contains reentrant checkpointing.
+    """
+    for index, column in enumerate(found):
+        slots = statistics.targets(first=index == 0)
+        try:
+            torch.autograd.backward([outputs], [column], inputs=slots, retain_graph=True)
+        except RuntimeError as error:
+            if "heckpoint" in str(error):
+                raise FxcurvError(
+                    "reentrant activation checkpointing cannot deliver sampled or exact statistics; use "
+                    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                ) from error
+            raise
+        statistics.collect_rows()
+    statistics.collect()
+
+
+def weight(source: Source, loss: Loss | None, terms: float, scale: float) -> float:
+    """The factor on sums of squares of captured gradients that gives the curvature of the mean loss.
+
+    Sampled and exact columns belong to the summed loss: 1/N, and 1/samples for draws. Empirical gradients are those of
+    the user's scalar: with a mean they are g/N, so N; with a sum 1/N. ``scale`` is that of a gradient scaler.
+    """
+    if terms <= 0:
+        return 0.0
+    if source.kind == "empirical":
+        return (1.0 / terms if loss is not None and loss.reduction == "sum" else terms) / scale**2
+    return 1.0 / (terms * (source.samples if source.kind in ("mc", "ggn_signs") else 1))

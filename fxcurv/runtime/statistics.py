@@ -1,0 +1,161 @@
+"""Statistics between a backward pass and the step that consumes them.
+
+Slots are leaves that live outside the model's parameters; autograd adds each statistic to their ``.grad``. A sampled or
+exact source runs its own backward passes and takes the gradients out at once (``collect``); after a plain
+``loss.backward()`` they are found in the slots. So what lies where tells which call produced it, and a wrong source is
+an error that says what to call instead of a curvature of the wrong kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxcurv.ir.statistic import Call, RowsOf, StateOf, leaves, parse_statistic
+from fxcurv.ir.types import Type
+from fxcurv.losses import Loss
+from fxcurv.passes.tap import Slot
+
+TERMS = "terms"
+
+
+class Statistics:
+    """The statistics that have arrived since the last step.
+
+    types: the program's statistic inputs that taps deliver, by key.
+    """
+
+    def __init__(self, types: dict[str, Type]) -> None:
+        self.types = types
+        self.slots: dict[tuple[str, torch.device], Tensor] = {}
+        self.fresh: list[tuple[str, Tensor]] = []
+        self.sums: dict[str, Tensor] = {}
+        self.rows: dict[str, list[Tensor]] = {}
+        self.terms: Tensor | float = 0.0
+        self.collected = False
+
+    def fresh_slot(self, key: str, dtype: torch.dtype, rows: Tensor) -> Tensor:
+        """A new leaf shaped like ``rows``, for rows that are kept as they are."""
+        self.fresh.append((key, leaf(rows.shape, dtype, rows.device)))
+        return self.fresh[-1][1]
+
+    def slot(self, slot: Slot, device: torch.device) -> Tensor:
+        """The leaf of a slot of fixed size."""
+        assert slot.shape is not None
+        key = (slot.key, device)
+        if key not in self.slots:
+            self.slots[key] = leaf(slot.shape, slot.dtype, device)
+        return self.slots[key]
+
+    def terms_slot(self, device: torch.device, index: int = 0) -> Tensor:
+        """The slot that counts loss terms at one of the model's outputs."""
+        key = (f"{TERMS}/{index}", device)
+        if key not in self.slots:
+            self.slots[key] = leaf((), torch.float64, device)
+        return self.slots[key]
+
+    @property
+    def arrived(self) -> bool:
+        """Whether any statistic is there."""
+        return self.collected or self.plain
+
+    @property
+    def plain(self) -> bool:
+        """Whether a backward pass that nobody collected from has filled slots."""
+        return any(s.grad is not None for s in self.slots.values()) or any(s.grad is not None for _, s in self.fresh)
+
+    def targets(self, first: bool) -> list[Tensor]:
+        """Slots that one backward pass of a source fills.
+
+        The input side of a reduction is the same in every pass, so only the first one asks for it, unless rows are
+        kept: then each pass delivers pairs.
+        """
+        everything = first or bool(self.fresh)
+        kept = [s for (key, _), s in self.slots.items() if not key.startswith(TERMS) and (everything or _reads_g(key))]
+        return kept + [s for _, s in self.fresh]
+
+    def collect(self) -> None:
+        """Take what the slots hold."""
+        for (key, _), slot in self.slots.items():
+            if slot.grad is not None and not key.startswith(TERMS):
+                self.sums[key] = slot.grad if key not in self.sums else self.sums[key] + slot.grad.to(self.sums[key].device)
+            slot.grad = None
+        self.collect_rows()
+        self.collected = True
+
+    def collect_rows(self) -> None:
+        """Take the rows that the fresh slots hold, in the order of the passes."""
+        for key, slot in self.fresh:
+            if slot.grad is not None:
+                self.rows.setdefault(key, []).append(slot.grad)
+                slot.grad = None
+
+    def take_plain(self) -> None:
+        """Accept what a plain backward pass left: sums and the number of loss terms counted at the outputs."""
+        counts = [float(s.grad) for (key, _), s in self.slots.items() if key.startswith(TERMS) and s.grad is not None]
+        if counts:
+            self.terms = self.terms + max(counts)
+        self.collect()
+
+    def forget_slots(self) -> None:
+        """Drop what a plain gradient pass left in the slots after a collected one."""
+        for slot in self.slots.values():
+            slot.grad = None
+        self.fresh.clear()
+
+    def discard(self) -> None:
+        """Drop everything."""
+        self.forget_slots()
+        self.sums.clear()
+        self.rows.clear()
+        self.terms, self.collected = 0.0, False
+
+    def value(self, key: str, device: torch.device) -> Tensor:
+        """A statistic; zeros (or no rows) of a layer that was not reached."""
+        type_ = self.types[key]
+        if key in self.rows:
+            return torch.cat([rows.to(device) for rows in self.rows[key]])
+        if key in self.sums:
+            return self.sums[key].to(device)
+        shape = tuple(1 if size is None and i else (size or 0) for i, size in enumerate(type_.shape))
+        return torch.zeros(shape, dtype=type_.dtype, device=device)
+
+
+def leaf(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A slot: an expanded zero needs no memory, and its gradient is stolen by autograd, not added to a buffer."""
+    return torch.zeros((), dtype=dtype, device=device).expand(tuple(shape)).requires_grad_()
+
+
+def tap_types(types: dict[str, Type]) -> dict[str, Type]:
+    """The statistics that taps deliver, among all statistic inputs."""
+    return {key: type_ for key, type_ in types.items() if parse_statistic(key) is not None}
+
+
+def _reads_g(key: str) -> bool:
+    expression: Call | RowsOf | StateOf | None = parse_statistic(key)
+    return expression is None or any(isinstance(x, RowsOf) and x.side[0] == "g" for x in leaves(expression))
+
+
+class OutputTap(torch.autograd.Function):
+    """The identity on a model output; its backward leaves the number of loss terms in a slot."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, slot: Tensor, terms: float) -> Tensor:
+        ctx.terms = terms
+        ctx.slot_like = (slot.dtype, slot.device)
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        dtype, device = ctx.slot_like
+        return g, torch.full((), ctx.terms, dtype=dtype, device=device), None
+
+
+def count_terms(loss: Loss | None, output: Tensor) -> float:
+    """Loss terms in a model output, as far as the output alone tells: dimension 0 without a loss object."""
+    if loss is None or loss.needs_targets:
+        return float(output.shape[0]) if output.ndim else 1.0
+    return float(loss.count(output))

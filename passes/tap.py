@@ -1,0 +1,163 @@
+"""tap: insert into the forward graph exactly the slots that the program still reads.
+
+The program's statistic inputs say what to measure; the detected layers say where. Every use of a layer gets at most one
+tap node, on the product itself, with one slot for each statistic. A slot of a reduction is shared by all uses of the
+layer (autograd sums); rows that no pass could reduce get a slot for each use, whose gradients the run time concatenates.
+The size of such a slot is known only when the forward runs: the graph's input is then a function that makes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fxcurv.errors import FxcurvError
+from fxcurv.ir.program import Program
+from fxcurv.ir.statistic import Call, RowsOf, StateOf, leaves, parse_statistic
+from fxcurv.layers.layer import Layer, Use
+from fxcurv.layers.tap import TapSpec, tap
+from fxcurv.passes.manager import Compilation, Pass
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One leaf whose gradient is a statistic. shape is ``None`` for rows, whose size is known when the forward runs."""
+
+    key: str
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype
+
+
+@dataclass
+class Tapped:
+    """The forward graph with taps. Its placeholders are the slots, then the states, then the user's inputs."""
+
+    graph: fx.Graph
+    slots: tuple[Slot, ...]
+    states: tuple[str, ...]
+    taps: dict[str, tuple[str, ...]] = field(default_factory=dict)  # statistics by tap node name
+
+    def text(self) -> str:
+        """The graph as readable code."""
+        return str(self.graph.python_code("self").src)
+
+
+class BoundTap:
+    """A tap with its specification, callable from a graph."""
+
+    def __init__(self, spec: TapSpec) -> None:
+        self.spec = spec
+        self.__name__ = "tap"
+
+    def __call__(self, y: torch.Tensor, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        extras = rest[: self.spec.aux + len(self.spec.states)]
+        slots = rest[len(extras) :]
+        if any(callable(slot) for slot in slots):
+            slots = tuple(
+                slot(self._rows_like(expression, y, x, extras)) if callable(slot) else slot
+                for slot, expression in zip(slots, self.spec.statistics, strict=True)
+            )
+        return tap(self.spec, y, x, *extras, *slots)
+
+    def _rows_like(self, side: Any, y: torch.Tensor, x: torch.Tensor, extras: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        with torch.no_grad():
+            form = self.spec.form
+            return form.rows_a(x, *extras[: self.spec.aux]) if side.side[0] == "a" else form.rows_g(y)
+
+
+@dataclass(frozen=True)
+class TapPass(Pass):
+    """Copies the captured graph and adds the taps."""
+
+    name: ClassVar[str] = "tap"
+    needs: ClassVar[tuple[str, ...]] = ("program", "captured", "facts")
+
+    def run(self, c: Compilation) -> int:
+        assert c.program is not None and c.captured is not None
+        c.tapped = insert_taps(c.captured.graph, c.layers, c.program)
+        return len(c.tapped.taps)
+
+
+def wanted(program: Program) -> dict[str, tuple[Call | RowsOf, Any]]:
+    """Statistics that taps have to deliver, by key: the expression and its type."""
+    found = {}
+    for role, node in program.inputs("stat").items():
+        expression = parse_statistic(role.key)
+        if expression is not None:
+            found[role.key] = (expression, node.meta["type"])
+    return found
+
+
+def insert_taps(captured: fx.Graph, layers: tuple[Layer, ...], program: Program) -> Tapped:
+    """A copy of the graph with a tap on every use that a wanted statistic reads."""
+    statistics = wanted(program)
+    by_layer: dict[str, list[str]] = {}
+    for key, (expression, _) in statistics.items():
+        by_layer.setdefault(_home(expression), []).append(key)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(captured, copies)
+    output_node = captured.output_node()
+    graph.output(output, output_node.type)
+    tapped = Tapped(graph, (), ())
+    slots: list[Slot] = []
+    states: dict[str, fx.Node] = {}
+    with graph.inserting_before(next(iter(graph.nodes))):
+        anchor = graph.placeholder("fxcurv_anchor")
+    known = {layer.name: layer for layer in layers}
+    for name, keys in by_layer.items():
+        if name not in known:
+            raise FxcurvError(f"the program wants statistics of a layer '{name}' that this model does not have.")
+        shared: dict[str, fx.Node] = {}
+        for use in known[name].uses:
+            mine = [key for key in keys if _reads_swapped(statistics[key][0]) == use.swapped]
+            if not mine:
+                continue
+            operands: list[fx.Node] = []
+            for key in mine:
+                expression, type_ = statistics[key]
+                rows = isinstance(expression, RowsOf)
+                if key not in shared or rows:
+                    with graph.inserting_before(anchor):
+                        shared[key] = graph.placeholder(f"slot_{len(slots)}")
+                    slots.append(Slot(key, None if rows else tuple(type_.shape), type_.dtype))
+                operands.append(shared[key])
+            expressions = tuple(statistics[key][0] for key in mine)
+            read = list(dict.fromkeys(leaf.key for e in expressions for leaf in leaves(e) if isinstance(leaf, StateOf)))
+            for state in read:
+                if state not in states:
+                    with graph.inserting_after(anchor):
+                        states[state] = graph.placeholder(f"state_{len(states)}")
+            _insert(graph, copies, use, TapSpec(use.form, expressions, len(use.aux), tuple(read)),
+                    [states[state] for state in read], operands, tapped, mine)
+    graph.erase_node(anchor)
+    order = [node.name for node in graph.nodes if node.op == "placeholder"]
+    tapped.slots = tuple(slots)
+    tapped.states = tuple(sorted(states, key=lambda key: order.index(states[key].name)))
+    graph.lint()
+    return tapped
+
+
+def _insert(
+    graph: fx.Graph, copies: dict[fx.Node, fx.Node], use: Use, spec: TapSpec, states: list[fx.Node],
+    slots: list[fx.Node], tapped: Tapped, keys: list[str],
+) -> None:
+    y, x = copies[use.y], copies[use.x]
+    with graph.inserting_after(y):
+        node = graph.call_function(BoundTap(spec), (y, x, *(copies[a] for a in use.aux), *states, *slots))
+    y.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+    node.meta = {"type": "tap"}
+    tapped.taps[node.name] = tuple(keys)
+
+
+def _home(expression: Any) -> str:
+    """The layer whose taps measure an expression: that of its output-gradient rows, else of its input rows."""
+    rows = [leaf for leaf in leaves(expression) if isinstance(leaf, RowsOf)]
+    return next((leaf.layer for leaf in rows if leaf.side[0] == "g"), rows[0].layer)
+
+
+def _reads_swapped(expression: Any) -> bool:
+    return any(isinstance(leaf, RowsOf) and leaf.side.endswith("2") for leaf in leaves(expression))

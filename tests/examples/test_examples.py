@@ -1,0 +1,128 @@
+"""The example model files keep the contract of ``fxcurv compile`` and ``fxcurv train``, and their main() runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxcurv
+from fxcurv.losses import resolve_loss
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+MODEL_FILES = ("mnist_autoencoder", "digits_cnn", "char_gpt")
+
+
+def load(name: str) -> ModuleType:
+    """An example, loaded from its path as the command line loads a model file."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=MODEL_FILES)
+def example(request: pytest.FixtureRequest) -> ModuleType:
+    return load(request.param)
+
+
+def first_batches(example: Any, epoch: int, n: int = 2) -> list[tuple[tuple[Tensor, ...], Tensor]]:
+    return list(islice(example.batches(epoch), n))
+
+
+def test_example_inputs_give_finite_outputs(example: Any) -> None:
+    outputs = example.build_model()(*example.example_inputs)
+    assert torch.isfinite(outputs).all()
+
+
+def test_batches_fit_the_model_and_the_loss(example: Any) -> None:
+    (inputs, targets), _ = first_batches(example, epoch=0)
+    assert [x.shape[1:] for x in inputs] == [x.shape[1:] for x in example.example_inputs]
+    assert [x.dtype for x in inputs] == [x.dtype for x in example.example_inputs]
+    assert math.isfinite(resolve_loss(example.loss).value(example.build_model()(*inputs), targets).item())
+
+
+def test_the_epoch_alone_decides_the_batches(example: Any) -> None:
+    first = first_batches(example, epoch=3)
+    torch.rand(7)  # the global generator must not matter
+    again, other = first_batches(example, epoch=3), first_batches(example, epoch=4)
+    for (inputs, targets), (inputs2, targets2) in zip(first, again, strict=True):
+        torch.testing.assert_close((inputs, targets), (inputs2, targets2), rtol=0, atol=0)
+    assert not torch.equal(first[0][0][0], other[0][0][0])
+    assert not torch.equal(first[0][0][0], first[1][0][0])
+
+
+def test_the_model_is_a_function_of_the_global_seed(example: Any) -> None:
+    def weights(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return nn.utils.parameters_to_vector(example.build_model().parameters())
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_symbolic_trace_serves_other_shapes(example: Any) -> None:
+    model = example.build_model()
+    traced = fx.symbolic_trace(model)
+    (inputs, _), _ = first_batches(example, epoch=0)
+    for args in (example.example_inputs, inputs):
+        torch.testing.assert_close(traced(*args), model(*args), rtol=0, atol=0)
+
+
+def test_evaluate_changes_nothing(example: Any) -> None:
+    model = example.build_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scores = example.evaluate(model)
+    assert scores and all(math.isfinite(score) for score in scores.values())
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("method", "optimizer"), [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam)])
+def test_plain_torch_trains_with_the_settings(example: Any, method: str, optimizer: type) -> None:
+    """A few steps with the tuned settings lower the loss of the batches that they were taken on."""
+    model = example.build_model()
+    opt = optimizer(model.parameters(), **example.settings[method])
+    loss = resolve_loss(example.loss)
+    data = first_batches(example, epoch=0, n=6)
+
+    def mean_loss() -> float:
+        return sum(loss.value(model(*inputs), targets).item() for inputs, targets in data) / len(data)
+
+    before = mean_loss()
+    for inputs, targets in data:
+        opt.zero_grad()
+        loss.value(model(*inputs), targets).backward()
+        opt.step()
+    assert mean_loss() < 0.95 * before
+
+
+def test_the_output_bias_is_the_logit_of_the_mean_image() -> None:
+    module: Any = load("mnist_autoencoder")
+    model = module.build_model()
+    mean = module.digits()[0].mean(dim=0)
+    torch.testing.assert_close(model[-1].bias.sigmoid(), mean.clamp(1e-3, 1 - 1e-3), rtol=1e-4, atol=1e-5)
+    assert [m.out_features for m in model if isinstance(m, nn.Linear)] == [1000, 500, 250, 30, 250, 500, 1000, 784]
+
+
+def test_the_traced_gpt_serves_shorter_texts_and_looks_back_only() -> None:
+    model = load("char_gpt").build_model()
+    (numbers,), _ = first_batches(load("char_gpt"), epoch=0)[0]
+    traced = fx.symbolic_trace(model)
+    torch.testing.assert_close(traced(numbers[:3, :11]), model(numbers)[:3, :, :11], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(fxcurv, "transform"), reason="fxcurv.transform does not exist yet")
+def test_main_trains(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    losses = example.main(steps=4)
+    assert len(losses) == 4 and all(math.isfinite(value) for value in losses)
+    assert losses[-1] < losses[0]
+    assert "held-out" in capsys.readouterr().out

@@ -1,0 +1,98 @@
+"""Scale and shift of normalisation layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.layers.check import FRONTENDS, Fn, assert_exact, find
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def _shaken(module: nn.Module) -> nn.Module:
+    """Random scale, shift and running statistics: at their initial values most mistakes do not show."""
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand_like(tensor) + 0.5)
+    return module
+
+
+MODULES = {
+    "layer": (lambda: nn.LayerNorm(6), (5, 6), "layer_norm", 6),
+    "layer 3d": (lambda: nn.LayerNorm(6, eps=0.1), (5, 4, 6), "layer_norm", 6),
+    "layer alone": (lambda: nn.LayerNorm((4, 6)), (4, 6), "layer_norm", 24),
+    "layer two axes": (lambda: nn.LayerNorm((4, 6)), (5, 3, 4, 6), "layer_norm", 24),
+    "layer no shift": (lambda: nn.LayerNorm(6, bias=False), (5, 6), "layer_norm", 6),
+    "rms": (lambda: nn.RMSNorm(6), (5, 4, 6), "rms_norm", 6),
+    "rms eps": (lambda: nn.RMSNorm((4, 6), eps=0.1), (5, 4, 6), "rms_norm", 24),
+    "group": (lambda: nn.GroupNorm(2, 6), (5, 6, 4, 3), "group_norm", 6),
+    "group rows": (lambda: nn.GroupNorm(3, 6, eps=0.1), (5, 6), "group_norm", 6),
+    "batch 1d": (lambda: nn.BatchNorm1d(6), (5, 6), "batch_norm", 6),
+    "batch 1d positions": (lambda: nn.BatchNorm1d(6), (5, 6, 4), "batch_norm", 6),
+    "batch 2d": (lambda: nn.BatchNorm2d(6, eps=0.1), (5, 6, 4, 3), "batch_norm", 6),
+    "batch 3d": (lambda: nn.BatchNorm3d(6), (5, 6, 4, 3, 2), "batch_norm", 6),
+    "batch no running": (lambda: nn.BatchNorm2d(6, track_running_stats=False), (5, 6, 4, 3), "batch_norm", 6),
+}
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODULES)
+def test_module(name, training, frontend):
+    make, shape, kind, units = MODULES[name]
+    model = _shaken(nn.Sequential(make(), nn.Tanh())).train(training)
+    detection = assert_exact(model, torch.randn(shape), frontend=frontend)
+    (layer,) = detection.layers
+    shift = kind != "rms_norm" and name != "layer no shift"
+    assert (layer.kind, layer.shape) == (kind, (units, 1, 1 + shift))
+    assert layer.form.unitwise
+    assert len(layer.uses[0].aux) == (2 if kind == "batch_norm" and not training and "no running" not in name else 0)
+    assert not detection.uncovered
+
+
+FUNCTIONS = {
+    "layer": lambda m, x: F.layer_norm(x, (6,), m.w, m.b, 0.1),
+    "layer scaled": lambda m, x: F.layer_norm(x, (6,), m.w * 2.0, m.b),
+    "group": lambda m, x: F.group_norm(x.transpose(1, 2), 2, m.w, m.b),
+    "batch": lambda m, x: F.batch_norm(x.transpose(1, 2), None, None, m.w, m.b, training=True),
+    "native layer": lambda m, x: torch.native_layer_norm(x, (6,), m.w, m.b, 1e-5)[0],
+    "native batch": lambda m, x: torch.native_batch_norm(x.mT, m.w, m.b, None, None, True, 0.1, 1e-5)[0],
+    "native group": lambda m, x: torch.native_group_norm(x.mT.contiguous(), m.w, m.b, 5, 6, 4, 2, 1e-5)[0],
+}
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function(name, frontend):
+    if name.startswith("native") and frontend == "symbolic":
+        pytest.skip("an ATen spelling")
+    detection = assert_exact(Fn(FUNCTIONS[name], w=(6,), b=(6,)), torch.randn(5, 4, 6), frontend=frontend)
+    assert detection.layers[0].shape == (6, 1, 2)
+    assert not detection.uncovered
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(6), lambda: nn.BatchNorm1d(6), lambda: nn.GroupNorm(2, 6)])
+def test_one_side_frozen(make, frozen):
+    model = _shaken(nn.Sequential(make()))
+    getattr(model[0], frozen).requires_grad_(False)
+    (layer,) = assert_exact(model, torch.randn(5, 6)).layers
+    assert layer.name == "0"
+    if frozen == "weight":  # a shift alone keeps the form of the full layer
+        assert (layer.weight, layer.bias, layer.shape) == (None, "0.bias", (6, 1, 2))
+    else:
+        assert (layer.weight, layer.bias, layer.shape) == ("0.weight", None, (6, 1, 1))
+
+
+def test_running_statistics_are_read_at_the_call():
+    model = _shaken(nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 6), nn.BatchNorm1d(6))).eval()
+    captured, detection = find(model, torch.randn(5, 6))
+    targets = [node.target for use in (layer.uses[0] for layer in detection.layers) for node in use.aux]
+    assert targets == ["0.running_mean", "0.running_var", "2.running_mean", "2.running_var"]
+    order = {node: k for k, node in enumerate(captured.graph.nodes)}
+    assert all(order[node] < order[use.y] for layer in detection.layers for use in layer.uses for node in use.aux)
+    captured.graph.lint()
