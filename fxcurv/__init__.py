@@ -26,12 +26,15 @@ _LAZY = {
     "load": "fxcurv.runtime.artifact",
     "save": "fxcurv.runtime.artifact",
     "Method": "fxcurv.methods",
+    "papers": "fxcurv.methods.papers",
     "FxcurvError": "fxcurv.errors",
     "FxcurvWarning": "fxcurv.errors",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "methods":  # a package that can be called: fxcurv.methods() lists, fxcurv.methods.kfac is one
+        return import_module("fxcurv.methods")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'fxcurv' has no attribute '{name}'")

@@ -49,8 +49,8 @@ class Cadence(Pass):
             if not roles:
                 roles = [_name_state(node, state_of, states, taken)]
                 anchor = states[roles[0]] = _new_placeholder(program, node, roles[0], anchor)
-            switches = {role: _switch(program, node, states[role]) for role in reversed(roles)}
-            first = switches[roles[0]]
+            first = _switch(program, node, states[roles[0]], node)
+            switches = {roles[0]: first} | {role: _switch(program, node, states[role], first) for role in roles[1:]}
             for user in readers:
                 user.replace_input_with(node, first)
             outputs.update({role: first for role in mine} | switches)
@@ -60,8 +60,8 @@ class Cadence(Pass):
         return rewrites
 
 
-def _switch(program: Program, node: fx.Node, state: fx.Node) -> fx.Node:
-    with program.graph.inserting_after(node):
+def _switch(program: Program, node: fx.Node, state: fx.Node, after: fx.Node) -> fx.Node:
+    with program.graph.inserting_after(after):
         switch = program.graph.call_function(OPS["on_due"], (node, state))
     switch.meta.update(type=node.meta["type"], every=node.meta["every"], owner=node.meta["owner"])
     return switch

@@ -91,8 +91,11 @@ def wanted(program: Program) -> dict[str, tuple[Call | RowsOf, Any]]:
     return found
 
 
-def insert_taps(captured: fx.Graph, layers: tuple[Layer, ...], program: Program) -> Tapped:
-    """A copy of the graph with a tap on every use that a wanted statistic reads."""
+def insert_taps(captured: fx.Graph, layers: tuple[Layer, ...], program: Program, partial: bool = False) -> Tapped:
+    """A copy of the graph with a tap on every use that a wanted statistic reads.
+
+    partial: a call of another kind may leave out layers; without it a missing one raises :class:`FxcurvError`.
+    """
     statistics = wanted(program)
     by_layer: dict[str, list[str]] = {}
     for key, (expression, _) in statistics.items():
@@ -109,6 +112,8 @@ def insert_taps(captured: fx.Graph, layers: tuple[Layer, ...], program: Program)
         anchor = graph.placeholder("fxcurv_anchor")
     known = {layer.name: layer for layer in layers}
     for name, keys in by_layer.items():
+        if name not in known and partial:
+            continue
         if name not in known:
             raise FxcurvError(f"the program wants statistics of a layer '{name}' that this model does not have.")
         shared: dict[str, fx.Node] = {}

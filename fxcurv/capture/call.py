@@ -30,6 +30,7 @@ class _TensorLeaf:
 
 
 TENSOR = _TensorLeaf()
+_RESERVED = ("self", "torch", "getattr", "len", "slice", "range", "device", "inf", "nan")  # names in generated code
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ def _name(path: tuple[Any, ...], positional: list[str]) -> str:
         index = int(parts[1])
         parts[1] = positional[index] if index < len(positional) else f"{(positional or ['arg'])[-1]}_{index}"
     name = "_".join(parts[1:])
-    return f"arg_{name}" if keyword.iskeyword(name) or not name.isidentifier() or name == "self" else name
+    usable = name.isidentifier() and not keyword.iskeyword(name) and name not in _RESERVED
+    return name if usable else f"arg_{name}"
 
 
 def _key(leaf: Any) -> Hashable:

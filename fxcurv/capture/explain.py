@@ -15,7 +15,7 @@ _CONSTRUCTS = (
      "a Python loop or star-expansion over a traced value"),
     (r"cannot be interpreted as an integer|an integer is required|must be integers or None",
      "a size of the input used as a plain Python integer (range(), list index)"),
-    (r"int\(\) argument|float\(\) argument|must be a string or a real number|__int__|__float__|__index__|_local_scalar_dense",
+    (r"int\(\) argument|float\(\) argument|must be a string or a real number|__(int|float|index)__|_local_scalar_dense",
      "a conversion of a traced value to a Python number (int(), float(), .item())"),
     (r"argument of type: |not supported in symbolic tracing|object is not subscriptable",
      "an object or function that cannot be recorded"),

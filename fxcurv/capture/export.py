@@ -58,8 +58,8 @@ def capture_export(model: nn.Module, call: Call) -> Captured:
 
 def _exporter() -> Callable[..., torch.export.ExportedProgram]:
     # Until torch 2.6 plain ``export`` decomposed BatchNorm and dropout into inference operations.
-    name = "export_for_training" if torch.torch_version.TorchVersion(torch.__version__) < (2, 7) else "export"
-    return getattr(torch.export, name)
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    return getattr(torch.export, "export_for_training" if (major, minor) < (2, 7) else "export")
 
 
 def _refuse_functions(original: Callable[..., Any]) -> classmethod[Any, Any, Any]:
@@ -68,8 +68,8 @@ def _refuse_functions(original: Callable[..., Any]) -> classmethod[Any, Any, Any
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         if not cls.__module__.startswith("torch."):
             raise FxcurvError(
-                f"the export front-end cannot capture the autograd function {cls.__qualname__}, whose backward it would "
-                "lose; use the symbolic front-end, or write the function with differentiable operations."
+                f"the export front-end cannot capture the autograd function {cls.__qualname__}, whose backward it "
+                "would lose; use the symbolic front-end, or write the function with differentiable operations."
             )
         return original(cls, *args, **kwargs)
 
@@ -109,8 +109,8 @@ class _Host(nn.Module):
         changed = snapshot.changes()
         if changed:
             raise FxcurvError(
-                f"the forward changes the attribute '{changed[0]}', which a captured graph would not repeat; keep such a "
-                "value in a buffer, or pass it as an argument."
+                f"the forward changes the attribute '{changed[0]}', which a captured graph would not repeat; keep such "
+                "a value in a buffer, or pass it as an argument."
             )
         return values + [now[name] for name in reassigned]
 
@@ -169,7 +169,7 @@ class _Converter:
         for node in source.nodes:
             if node.op == "output":
                 return list(fx.map_arg(node.args[0], values.__getitem__))
-            if node.op == "placeholder" or node.op == "get_attr" and isinstance(resolve(owner, node.target), fx.GraphModule):
+            if node.op in ("placeholder", "get_attr"):  # a get_attr is the sub-graph of a region, handled there
                 continue
             target = getattr(node.target, "__name__", str(node.target))
             if target.startswith(_ASSERTIONS) and not node.users:
@@ -190,8 +190,8 @@ class _Converter:
 
     def _copy(self, node: fx.Node, values: dict[fx.Node, Any]) -> fx.Node:
         copy = self._graph.node_copy(node, values.__getitem__)
-        kept = {key: node.meta[key] for key in ("stack_trace", "nn_module_stack") if key in node.meta}
-        copy.meta = kept  # the rest (fake tensors) can be neither copied nor pickled
+        # The rest (fake tensors) can be neither copied nor pickled.
+        copy.meta = {key: value for key, value in node.meta.items() if key in ("stack_trace", "nn_module_stack")}
         return copy
 
     def _call_function(self, target: Callable[..., Any], *args: Any) -> fx.Node:

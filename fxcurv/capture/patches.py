@@ -266,7 +266,7 @@ class _Watch(TorchDispatchMode):
         for value in (*args, *(kwargs or {}).values()):
             if isinstance(value, torch.Tensor) and id(value) in self._state_names:
                 raise FxcurvError(
-                    f"the forward reads '{self._state_names[id(value)]}' through {func.name()} on a list of parameters or "
-                    "buffers, so its value would be baked into the captured graph; read it as an attribute of its module."
+                    f"the forward reads '{self._state_names[id(value)]}' through {func.name()} on a list of parameters "
+                    "or buffers, so its value would be baked into the graph; read it as an attribute of its module."
                 )
         return func(*args, **(kwargs or {}))

@@ -47,8 +47,8 @@ class Runner:
         if self.captured.sizes and not self.captured.accepts(leaves):
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
             raise FxcurvError(
-                f"the captured graph assumes inputs of sizes {self.captured.sizes} (None: any) but got {shapes}; capture "
-                "the model again with example inputs of this shape."
+                f"the captured graph assumes inputs of sizes {self.captured.sizes} (None: any) but got {shapes}; "
+                "capture the model again with example inputs of this shape."
             )
         return self.captured.unflatten(self._function(model, *self._constants_for(leaves), *inputs))
 

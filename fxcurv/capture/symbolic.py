@@ -15,7 +15,6 @@ from typing import Any, final
 
 import torch
 from torch import fx, nn
-from torch.nn.utils import parametrize
 
 from fxcurv.capture.call import Call
 from fxcurv.capture.captured import Captured
@@ -168,13 +167,13 @@ class _Tracer(fx.Tracer):
         name = self._state.get(id(tensor))
         if name is not None:
             return self._state_proxy(name, tensor).node
-        name = self.tensor_attrs.get(tensor)
+        name = None
         if name is not None:
             return self.create_node("get_attr", name, (), {})
         if tensor.requires_grad:
             raise FxcurvError(
-                f"the forward uses a trainable tensor of shape {tuple(tensor.shape)} that is no parameter of the model, "
-                "so a captured graph would not see its updates; register it as an nn.Parameter of a module."
+                f"the forward uses a trainable tensor of shape {tuple(tensor.shape)} that is no parameter of the "
+                "model, so a captured graph would not see its updates; register it as an nn.Parameter of a module."
             )
         name = self._constant_names.get(id(tensor))
         if name is None:

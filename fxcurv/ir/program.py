@@ -21,6 +21,7 @@ from torch import fx
 
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.op import OPS, Op
+from fxcurv.ir.statistic import state_keys
 from fxcurv.ir.types import Type
 
 INPUT_KINDS = ("grad", "param", "stat", "state", "hyper", "oracle")
@@ -108,14 +109,20 @@ class Program:
     def prune(self) -> int:
         """Remove nodes and placeholders that no output needs; returns how many.
 
-        The placeholder of a state that the program yields stays, read or not: it says how the state starts.
+        The placeholder of a state stays if the program yields that state (it says how it starts) or a statistic
+        that is left reads it: taps are readers too.
         """
         removed = 0
-        yielded = set(self.output.meta["roles"])
-        for node in reversed(list(self.graph.nodes)):
-            if node.op != "output" and not node.users and node.meta.get("role") not in yielded:
-                self.graph.erase_node(node)
-                removed += 1
+        kept = {key for role in self.output.meta["roles"] if role.kind == "state" for key in role.keys}
+        nodes = [node for node in self.graph.nodes if node.op != "output"]
+        for node in sorted(reversed(nodes), key=_is_state):  # states last: what reads them has then gone, or stays
+            role = node.meta.get("role")
+            if node.users or (_is_state(node) and not kept.isdisjoint(role.keys)):
+                if role is not None and role.kind == "stat":
+                    kept.update(state_keys(role.key))
+                continue
+            self.graph.erase_node(node)
+            removed += 1
         return removed
 
     def text(self, note: str = "") -> str:
@@ -129,6 +136,10 @@ class Program:
 
     def __len__(self) -> int:
         return sum(1 for _ in self.nodes)
+
+
+def _is_state(node: fx.Node) -> bool:
+    return node.op == "placeholder" and node.meta["role"].kind == "state"
 
 
 def operand_types(node: fx.Node) -> list[Any]:

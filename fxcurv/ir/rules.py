@@ -189,7 +189,7 @@ def apply_rules(program: Program, rules: Iterable[Rule], spend: Callable[[], boo
             new = _replace(program, rule, bindings, node)
             rewrites += 1
             _erase_unused(program, node, gone)
-            pending += [new, *_readers(new, depth)]
+            pending += [*reversed(_readers(new, depth)), new]
             break
     return rewrites
 

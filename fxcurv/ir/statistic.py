@@ -63,6 +63,12 @@ def leaves(expression: Call | RowsOf | StateOf) -> Iterator[RowsOf | StateOf]:
         yield expression
 
 
+def state_keys(text: str) -> tuple[str, ...]:
+    """Keys of the states that the statistic printed as ``text`` reads."""
+    expression = parse_statistic(text) if "$" in text else None
+    return () if expression is None else tuple(leaf.key for leaf in leaves(expression) if isinstance(leaf, StateOf))
+
+
 def evaluate(expression: Call | RowsOf | StateOf, read: Callable[[Any], Any], apply: Callable[[str, list[Any]], Any]) -> Any:
     """Fold an expression: ``read`` gives the value of a leaf, ``apply`` that of an op on values."""
     if isinstance(expression, Call):

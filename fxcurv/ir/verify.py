@@ -14,7 +14,7 @@ from torch import fx
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.op import OPS, Op
 from fxcurv.ir.program import INPUT_KINDS, OUTPUT_KINDS, Program, Role, infer, operand_types
-from fxcurv.ir.statistic import parse_statistic
+from fxcurv.ir.statistic import parse_statistic, state_keys
 from fxcurv.ir.text import print_type
 from fxcurv.ir.types import Type
 
@@ -90,6 +90,7 @@ def _check_call(node: fx.Node) -> None:
 def _check_inputs(program: Program) -> dict[tuple[str, str], fx.Node]:
     """Input roles are known and unique; returns the placeholders by kind and every key."""
     found: dict[tuple[str, str], fx.Node] = {}
+    read: list[tuple[fx.Node, str]] = []
     for node in program.placeholders:
         role = _check_role(node.meta.get("role"), INPUT_KINDS, f"input %{node.name}")
         for key in role.keys:
@@ -103,8 +104,12 @@ def _check_inputs(program: Program) -> dict[tuple[str, str], fx.Node]:
         if role.kind == "stat":
             try:
                 parse_statistic(role.key)
+                read += [(node, key) for key in state_keys(role.key)]
             except FxcurvError as error:
                 raise FxcurvError(f"%{node.name}: {error}") from error
+    for node, key in read:
+        if ("state", key) not in found:
+            raise FxcurvError(f"%{node.name} is measured with the state '{key}', which the program does not have.")
     return found
 
 

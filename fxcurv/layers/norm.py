@@ -143,7 +143,7 @@ def _layer(
     return _match(at, input, shape, *_functional(at, weight, bias, math.prod(shape)), kind="layer_norm", eps=eps)
 
 
-@spelling(aten.native_layer_norm.default)
+@spelling(torch.native_layer_norm, aten.native_layer_norm.default)
 def _native_layer(at: Site, input: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float) -> Match:
     shape = numbers(normalized_shape, len(normalized_shape))
     operands = _functional(at, weight, bias, math.prod(shape))
@@ -180,7 +180,7 @@ def _group(
     return _match(at, input, (channels,), *operands, kind="group_norm", eps=eps, parts=num_groups)
 
 
-@spelling(aten.native_group_norm.default)
+@spelling(torch.native_group_norm, aten.native_group_norm.default)
 def _native_group(
     at: Site, input: Any, weight: Any, bias: Any, N: Any, C: int, HxW: Any, group: int, eps: float
 ) -> Match:
@@ -240,7 +240,7 @@ def _batch_aten(
     return _batch(at, input, running_mean, running_var, weight, bias, training, eps, None)
 
 
-@spelling(aten.native_batch_norm.default, aten._native_batch_norm_legit.default)
+@spelling(torch.native_batch_norm, aten.native_batch_norm.default, aten._native_batch_norm_legit.default)
 @spelling(aten._native_batch_norm_legit_functional.default)
 def _batch_native(
     at: Site,

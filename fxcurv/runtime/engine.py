@@ -32,6 +32,7 @@ class Engine:
     """One transformed model's program, state and schedule.
 
     step counts finished steps, micro the backward calls of the running one. forced holds what ``due`` asked for.
+    overdue: a factorisation could not be renewed when it was due, so the next step tries again.
     """
 
     def __init__(self, model: nn.Module, compilation: Compilation, loss: Loss | None, on_nonfinite: str) -> None:
@@ -53,12 +54,14 @@ class Engine:
         self.step = 0
         self.micro = 0
         self.forced: dict[str, bool | None] = {STATISTICS: None, REFRESH: None}
+        self.overdue = False
         self.warned: set[str] = set()
 
     def clone(self, model: nn.Module) -> Engine:
         """The same program with an independent copy of the state, for a copied model."""
         other = Engine(model, self.compilation, self.loss, self.on_nonfinite)
-        other.hyper, other.step, other.forced = dict(self.hyper), self.step, dict(self.forced)
+        other.hyper, other.step, other.overdue = dict(self.hyper), self.step, self.overdue
+        other.forced = dict(self.forced)
         other.states = self.states.clone()
         return other
 
@@ -68,7 +71,9 @@ class Engine:
         """Whether a cadence is due in the coming step: by ``due`` if it said so, else by its period."""
         forced = self.forced.get(cadence)
         period = self.lowered.program.cadences[cadence]
-        return self.step % period == 0 if forced is None else forced
+        if forced is None:
+            return self.step % period == 0 or (self.overdue and cadence == REFRESH)
+        return forced
 
     def due(self) -> frozenset[str]:
         """The cadences that are due in the coming step."""
@@ -83,14 +88,14 @@ class Engine:
 
     def run(self, scaler: Any = None, rate: float | None = None) -> StepInfo:
         """Turn the parameters' gradients into update directions, in place; see ``CurvatureModule.precondition_``."""
-        scale, overflow = gradient_scale(scaler, self.parameters().values())
+        scale, captured_scale, overflow = gradient_scale(scaler, self.parameters().values())
         if overflow:
             self.discard()
             return StepInfo(self.step, skipped=True)
         due = self.due()
         terms = self._check_statistics(STATISTICS in due)
         current = self.lowered.slice(due)
-        inputs = self._inputs(current, terms, scale, rate)
+        inputs = self._inputs(current, terms, (scale, captured_scale), rate)
         results = dict(zip(current.outputs, current.function(*inputs.values()), strict=True))
         info = self._commit(due, inputs, results, terms, scale)
         self.step += 1
@@ -150,8 +155,8 @@ class Engine:
             )
         return float(statistics.terms)
 
-    def _inputs(self, current: Slice, terms: float, scale: float, rate: float | None) -> dict[Role, Any]:
-        parameters = self.parameters()
+    def _inputs(self, current: Slice, terms: float, scales: tuple[float, float], rate: float | None) -> dict[Role, Any]:
+        parameters, (scale, captured_scale) = self.parameters(), scales
         summed = self.loss is not None and self.loss.reduction == "sum"
         factor = 1.0 / (scale * (terms if summed and terms else 1.0))
         numbers = {**self.hyper, "seed": float(self.method.seed), "step": float(self.step)}
@@ -171,7 +176,7 @@ class Engine:
             elif role.kind == "oracle":
                 inputs[role] = self.oracle
             elif role.key == "weight":
-                inputs[role] = torch.tensor(weight(self.method.source, self.loss, terms, scale), dtype=self.dtype)
+                inputs[role] = torch.tensor(weight(self.method.source, self.loss, terms, captured_scale), dtype=self.dtype)
             else:
                 inputs[role] = self.statistics.value(role.key, self._stat_device(role.key))
         return inputs
@@ -185,6 +190,7 @@ class Engine:
     ) -> StepInfo:
         flags = {role.key: value for role, value in results.items() if role.kind == "flag"}
         fallback: set[str] = set()
+        self.overdue = self.overdue and REFRESH not in due
         repaired: tuple[str, ...] = ()
         kept: tuple[str, ...] = ()
         if flags and not bool(torch.stack([f.reshape(()) for f in flags.values()]).all()):
@@ -222,7 +228,9 @@ class Engine:
 
         bad_statistics = {key.rpartition(":")[0] for key in flags if key.endswith(f":{STATISTICS}") and key not in good}
         states = {role: value for role, value in results.items() if role.kind == "state"}
-        failed = [r for r in states if not holds(r, (REFRESH,)) and holds(r, (STATISTICS,))]
+        failed = [
+            r for r in states if not holds(r, (REFRESH,)) and not bad_statistics & {owner for owner, _ in self.commits[r]}
+        ]
         fixed = repair(self.lowered, due, inputs, failed) if failed else {}
         committed = {r: v for r, v in states.items() if holds(r, due)} | fixed
         owners = {owner for role in failed for owner, _ in self.commits[role]}
@@ -242,6 +250,7 @@ class Engine:
         never = {o for o in lost if all(not bool(self.states.values[r].any()) for r in failed if r not in fixed)}
         steps = {key.rpartition(":")[0] for key in flags if key.endswith(":step")}
         fallback = {owner for owner in steps if f"{owner}:step" not in good} | (bad_statistics & steps) | (never & steps)
+        self.overdue = self.overdue or bool(REFRESH in due and (lost or bad_statistics))
         self._warn(fallback, lost)
         return {**committed, **updates, **rest}, fallback, tuple(sorted(owners - lost)), tuple(sorted(lost))
 
@@ -265,16 +274,16 @@ class Engine:
                 grad.detach().copy_(value if scale == 1.0 else value * scale)
 
 
-def gradient_scale(scaler: Any, parameters: Iterable[Tensor]) -> tuple[float, bool]:
-    """(scale that gradients still carry, whether they overflowed) under a gradient scaler.
+def gradient_scale(scaler: Any, parameters: Iterable[Tensor]) -> tuple[float, float, bool]:
+    """(scale the gradients still carry, scale at which statistics were captured, whether gradients overflowed).
 
     After ``scaler.unscale_`` the gradients are plain and the scaler knows of an overflow; before it they carry the
     scale and are looked at here.
     """
     if scaler is None or not scaler.is_enabled():
-        return 1.0, False
+        return 1.0, 1.0, False
+    scale = float(scaler.get_scale())
     unscaled = [s for s in scaler._per_optimizer_states.values() if s["found_inf_per_device"]]
     if unscaled:
-        return 1.0, any(float(v) > 0 for s in unscaled for v in s["found_inf_per_device"].values())
-    overflow = any(p.grad is not None and not bool(torch.isfinite(p.grad).all()) for p in parameters)
-    return float(scaler.get_scale()), overflow
+        return 1.0, scale, any(float(v) > 0 for s in unscaled for v in s["found_inf_per_device"].values())
+    return scale, scale, any(p.grad is not None and not bool(torch.isfinite(p.grad).all()) for p in parameters)

@@ -9,18 +9,20 @@ the user's that happens to be called ``layers`` or ``graph``, which stays reacha
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxcurv.capture import capture
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.program import REFRESH, STATISTICS, Program
 from fxcurv.layers.layer import Layer
 from fxcurv.layers.tap import disarmed
 from fxcurv.passes.manager import Record
-from fxcurv.passes.tap import Tapped
+from fxcurv.passes.tap import Tapped, insert_taps
 from fxcurv.runtime.engine import Engine
 from fxcurv.runtime.forward import Forwards
 from fxcurv.runtime.info import StepInfo
@@ -246,8 +248,12 @@ class CurvatureModule(nn.Module):
 
     @property
     def graph(self) -> Tapped:
-        """The tapped forward graph of the transform's example call."""
-        return self._engine.compilation.tapped  # type: ignore[no-any-return]
+        """The tapped forward graph of the transform's example call; of a method that reads only gradients, no tap."""
+        compilation = self._engine.compilation
+        if compilation.tapped is None:
+            compilation.captured = capture(self._model, compilation.options["call"], self._forwards.frontend)
+            compilation.tapped = insert_taps(compilation.captured.graph, (), self.program)
+        return compilation.tapped  # type: ignore[no-any-return]
 
     @property
     def program(self) -> Program:
@@ -293,13 +299,23 @@ class CurvatureModule(nn.Module):
     # State ----------------------------------------------------------------------------------------------------------
 
     def _curvature_entries(self) -> dict[str, Tensor]:
-        entries = self._engine.states.named()
-        return {**entries, "step": torch.tensor(self._engine.step, dtype=torch.int64)}
+        engine = self._engine
+        return {**engine.states.named(), "step": torch.tensor(engine.step), "overdue": torch.tensor(engine.overdue)}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self._model._save_to_state_dict(destination, prefix, keep_vars)
         for key, value in self._curvature_entries().items():
             destination[f"{prefix}{PREFIX}{key}"] = value.detach()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the model and its curvature; training then goes on bit for bit.
+
+        Raises :class:`FxcurvError` before anything changes when curvature entries are missing or foreign and ``strict``.
+        """
+        if strict:
+            found = {key[len(PREFIX) :] for key in state_dict if key.startswith(PREFIX)}
+            _check_keys(found, set(self._curvature_entries()), self._engine.method.name)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _load_from_state_dict(
         self,
@@ -314,9 +330,9 @@ class CurvatureModule(nn.Module):
         engine, start = self._engine, f"{prefix}{PREFIX}"
         entries = {key[len(start) :]: value for key, value in state_dict.items() if key.startswith(start)}
         known = set(self._curvature_entries())
-        if strict:
-            _check_keys(set(entries), known, engine.method.name)
-        step = entries.pop("step", None)
+        missing_keys += [f"{start}{key}" for key in sorted(known - set(entries))]
+        unexpected_keys += [f"{start}{key}" for key in sorted(set(entries) - known)]
+        step, overdue = entries.pop("step", None), entries.pop("overdue", None)
         values = engine.states.check({key: value for key, value in entries.items() if key in known})
         plain = {key: value for key, value in state_dict.items() if not key.startswith(start)}
         self._model._load_from_state_dict(
@@ -325,6 +341,8 @@ class CurvatureModule(nn.Module):
         engine.states.load(values)
         if step is not None:
             engine.step = int(step)
+        if overdue is not None:
+            engine.overdue = bool(overdue)
         engine.discard()
         self._arm()
 

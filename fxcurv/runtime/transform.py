@@ -16,6 +16,7 @@ from fxcurv.methods import Method, get_method
 from fxcurv.methods.method import Source
 from fxcurv.passes import PIPELINE, Compilation, Pass, run_passes
 from fxcurv.runtime.engine import Engine
+from fxcurv.runtime.example import pack_example
 from fxcurv.runtime.forward import Forwards
 from fxcurv.runtime.module import CurvatureModule
 from fxcurv.runtime.prove import PROOFS, prove_transform
@@ -57,7 +58,7 @@ def transform(
 
     Raises :class:`FxcurvError` when something above is unknown, nothing captures the model, or a proof fails.
     """
-    model = _plain(model)
+    model, disable = _plain(model), tuple(disable)
     if on_nonfinite not in ON_NONFINITE:
         raise FxcurvError(f"on_nonfinite='{on_nonfinite}' must be one of {', '.join(ON_NONFINITE)}.")
     chosen, loss_object = get_method(method, **hyper), resolve_loss(loss)
@@ -71,7 +72,18 @@ def transform(
     given = example_inputs is not None or example_kwargs is not None
     call = Call.of(model, tuple(example_inputs or ()), example_kwargs) if given else Call.default(model)
     compilation = Compilation(model=model, method=chosen, fuel=fuel, check=check)
-    compilation.options.update(layers=layers, skip=skip, backend=backend, empirical_by_default=by_default)
+    compilation.options.update(call=call, layers=layers, skip=skip, backend=backend, empirical_by_default=by_default)
+    compilation.options["request"] = {  # what an artifact needs to ask for the same again
+        "method": method if isinstance(method, str) else None,
+        "hyper": dict(hyper),
+        "frontend": frontend,
+        "backend": backend,
+        "layers": layers,
+        "skip": skip,
+        "on_nonfinite": on_nonfinite,
+        "disable": sorted(set(disable)),
+        "example": pack_example(example_inputs, example_kwargs),
+    }
     coupled = any(isinstance(module, _BATCH_NORMS) and module.training for module in model.modules())
     compilation.options["batch_statistics"] = coupled and chosen.source.kind == "ggn"
     forwards = Forwards(frontend)

@@ -90,6 +90,9 @@ def assert_exact(model: nn.Module, *xs: Tensor, frontend: str = "symbolic", shap
                 matrix = layer.form.matrix(stored, None if layer.bias is None else torch.zeros_like(bias))
             total = total + matrix
         wanted = layer.form.matrix(weight, bias)
+        back, column = layer.form.stored(wanted)
+        assert weight is None or torch.equal(back, weight)
+        assert bias is None or torch.equal(column.view_as(bias), bias)
         if layer.weight is None:  # the form keeps the scale's coordinate, which has no parameter
             total = torch.cat([torch.zeros_like(total[..., :1]), total[..., 1:]], -1)
         torch.testing.assert_close(total, wanted, rtol=1e-9, atol=1e-9)

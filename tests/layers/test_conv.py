@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.layers.check import FRONTENDS, Fn, assert_exact
+from tests.layers.check import FRONTENDS, Fn, assert_exact, find, reasons
 
 pytestmark = pytest.mark.usefixtures("float64")
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -33,6 +33,7 @@ GEOMETRY = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("nd", [1, 2, 3])
 @pytest.mark.parametrize("name", GEOMETRY)
 def test_geometry(name, nd):
@@ -46,6 +47,7 @@ def test_geometry(name, nd):
     assert not detection.uncovered
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("name", ["stride and pad", "groups", "same even", "same dilated", "reflect", "no bias"])
 @pytest.mark.parametrize("nd", [1, 2, 3])
 def test_export(name, nd):
@@ -85,6 +87,19 @@ def test_function(name, frontend):
     detection = assert_exact(Fn(function, **shapes), torch.randn(2, 4, 7, 6), frontend=frontend)
     assert detection.layers[0].params == ("w", "b")
     assert not detection.uncovered
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_aten_convolution(transposed):
+    def forward(m, x):
+        return torch.convolution(x, m.w, m.b, [1, 1], [1, 1], [1, 1], transposed, [0, 0], 2)
+
+    model, x = Fn(forward, w=(4, 2, 3, 3), b=(4,)), torch.randn(2, 4, 7, 6)
+    if transposed:
+        _, detection = find(model, x, frontend="export")
+        assert not detection.layers and "transposed" in reasons(detection)["w"]
+    else:
+        assert assert_exact(model, x, frontend="export").layers[0].shape == (2, 2, 19)
 
 
 def test_channels_last_memory():

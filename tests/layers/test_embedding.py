@@ -54,6 +54,13 @@ def test_scale_and_indices_of_any_integer_type():
     torch.testing.assert_close(torch.diag(layer.form.input_counts(x, torch.float64)), gram)
 
 
+def test_functional_padding_counts_from_the_end():
+    x = torch.randint(7, (5, 4))
+    x[0, 0] = 6
+    (layer,) = assert_exact(Fn(lambda m, x: F.embedding(x, m.w, padding_idx=-1), w=(7, 3)), x).layers
+    assert layer.form.padding_idx == 6
+
+
 def test_large_vocabulary_needs_no_one_hot_rows(monkeypatch):
     (layer,) = find(nn.Sequential(nn.Embedding(50_000, 2)), torch.zeros(2, 3, dtype=torch.long))[1].layers
     monkeypatch.setattr(torch.nn.functional, "one_hot", None)

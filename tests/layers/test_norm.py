@@ -68,8 +68,6 @@ FUNCTIONS = {
 @pytest.mark.parametrize("frontend", FRONTENDS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_function(name, frontend):
-    if name.startswith("native") and frontend == "symbolic":
-        pytest.skip("an ATen spelling")
     detection = assert_exact(Fn(FUNCTIONS[name], w=(6,), b=(6,)), torch.randn(5, 4, 6), frontend=frontend)
     assert detection.layers[0].shape == (6, 1, 2)
     assert not detection.uncovered

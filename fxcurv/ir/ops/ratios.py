@@ -35,12 +35,12 @@ def _safe_ratio(x: Tensor, y: Tensor) -> Tensor:
 
 def _damped_divide(x: Tensor, y: Tensor, damping: Tensor) -> Tensor:
     """x / (y + damping), elementwise for equal shapes."""
-    return x / (y + spread(damping, y))
+    return (x / (y + spread(damping, y))).to(x.dtype)
 
 
 def _power(x: Tensor, exponent: Tensor) -> Tensor:
     """x ** exponent for x >= 0, elementwise."""
-    return x.pow(spread(exponent, x))
+    return x.pow(spread(exponent, x)).to(x.dtype)
 
 
 def _trailing_mean(x: Tensor, dims: int) -> Tensor:

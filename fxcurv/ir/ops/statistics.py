@@ -19,6 +19,7 @@ from fxcurv.ir.ops.rules import accumulator, grouped, need_rows
 from fxcurv.ir.types import Diag, Psd, Rows, Scalar, Type, Vec
 
 ADDITIVE = frozenset({Trait.ADDITIVE})
+ROWWISE = frozenset({Trait.ROWWISE, Trait.LINEAR})
 
 
 def wide(rows: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ mean_positions = Op(
     _one_position("mean_positions"),
     _rows_samples,
     flops=lambda rows: rows.numel,
-    traits=frozenset({Trait.LINEAR}),
+    traits=ROWWISE,
 )
 sum_positions = Op(
     "sum_positions",
@@ -93,7 +94,7 @@ sum_positions = Op(
     _one_position("sum_positions"),
     _rows_samples,
     flops=lambda rows: rows.numel,
-    traits=frozenset({Trait.LINEAR}),
+    traits=ROWWISE,
 )
 
 

@@ -1,0 +1,5 @@
+"""``python -m fxcurv.cli``."""
+
+from fxcurv.cli.main import main
+
+main()

@@ -1,0 +1,59 @@
+"""From a model file and options to a transformed model: what the verbs share once torch is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fxcurv
+from fxcurv.cli.modelfile import ModelFile
+from fxcurv.errors import FxcurvError
+from fxcurv.methods import PUBLISHED, get_method
+from fxcurv.runtime import CurvatureModule
+from fxcurv.runtime.newton import NEWTON
+
+
+def split_hyper(file: ModelFile, method: str, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(hyper-parameters of the method, options of its optimizer) from the file's settings and the given ones.
+
+    Raises :class:`FxcurvError` for an unknown method or hyper-parameter.
+    """
+    if method not in PUBLISHED:
+        get_method(method)  # raises with the nearest names
+    hyper = file.hyper(method, given)
+    known = PUBLISHED[method].defaults
+    newton = get_method(method).rule.kind == "newton"
+    options = {name: hyper.pop(name) for name in list(hyper) if name not in known and newton and name in NEWTON}
+    return hyper, options
+
+
+def build(file: ModelFile, method: str, hyper: dict[str, Any], **options: Any) -> CurvatureModule:
+    """``fxcurv.transform`` on the model of a file; a fault in the user's forward is one sentence too."""
+    chosen, _ = split_hyper(file, method, hyper)
+    with file.running():
+        return fxcurv.transform(
+            file.model, method, example_inputs=file.example_inputs, loss=file.loss, **options, **chosen
+        )
+
+
+def first_batch(file: ModelFile) -> tuple[Any, Any] | None:
+    """The first (inputs, targets) of the file's epoch 0; ``None`` without ``batches``."""
+    batches = file.function("batches")
+    if batches is None:
+        return None
+    with file.running():
+        return unpack_batch(file, next(iter(batches(0)), None))
+
+
+def unpack_batch(file: ModelFile, batch: Any) -> tuple[Any, Any]:
+    """(inputs, targets) of a batch; raises :class:`FxcurvError` when it is something else."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        what = "nothing" if batch is None else f"a {type(batch).__name__}"
+        raise FxcurvError(f"{file.path}: 'batches(epoch)' yields {what}; it must yield pairs (inputs, targets).")
+    return batch[0], batch[1]
+
+
+def call_model(model: Any, inputs: Any) -> Any:
+    """The model's output for the inputs of a batch: a tuple of arguments, a dictionary of them, or one tensor."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)

@@ -1,0 +1,121 @@
+"""``fxcurv methods``, ``ops``, ``passes`` and ``kernels``: what there is, as a table or a page about one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Optional
+
+import typer
+
+from fxcurv.cli.verb import Json
+from fxcurv.errors import FxcurvError
+
+Name = Annotated[Optional[str], typer.Argument(metavar="[NAME]", help="One of them, in full.")]  # noqa: UP045
+
+
+def methods(name: Name = None, json: Json = False) -> None:
+    """List the methods, or one with its equations and hyper-parameters."""
+    from fxcurv.methods import PUBLISHED
+
+    found = {
+        key: {"name": key, "summary": m.summary, "papers": list(m.papers), "defaults": m.defaults, "doc": m.doc}
+        for key, m in sorted(PUBLISHED.items())
+    }
+    _show("method", found, name, json, {"method": "name", "what": "summary", "papers": "papers"})
+
+
+def ops(name: Name = None, json: Json = False) -> None:
+    """List the ops of update programs, or one with its schema, traits and definition."""
+    import fxcurv.ir.ops  # noqa: F401
+    from fxcurv.ir.op import OPS
+
+    found = {
+        key: {
+            "name": key,
+            "schema": op.schema,
+            "traits": sorted(trait.value for trait in op.traits),
+            "summary": op.doc.partition("\n")[0],
+            "doc": op.doc,
+        }
+        for key, op in sorted(OPS.items())
+    }
+    _show("op", found, name, json, {"op": "name", "schema": "schema", "traits": "traits", "what": "summary"})
+
+
+def passes(name: Name = None, json: Json = False) -> None:
+    """List the passes in the order in which they run, or one with its options."""
+    import dataclasses
+    import inspect
+
+    from fxcurv.passes import PIPELINE
+
+    found = {}
+    for step in PIPELINE:
+        doc = inspect.getdoc(inspect.getmodule(type(step))) or ""
+        options = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
+        summary = doc.partition("\n")[0].partition(": ")[2] or doc.partition("\n")[0]
+        doc = f"{doc}\n\n{inspect.getdoc(type(step)) or ''}".strip()
+        found[step.name] = {
+            "name": step.name, "summary": summary, "needs": list(step.needs), "defaults": options, "doc": doc,
+        }  # fmt: skip
+    _show("pass", found, name, json, {"pass": "name", "what": "summary", "needs": "needs", "options": "defaults"})
+
+
+def kernels(name: Name = None, json: Json = False) -> None:
+    """List the kernels that may run in place of an op's reference, or one with its measurements."""
+    from fxcurv.kernels.registry import BACKENDS, KERNELS, load
+
+    for backend in BACKENDS:
+        load(backend)
+    found = {}
+    for kernel in KERNELS:
+        doc = (kernel.doc or "").strip()
+        entry = {
+            "name": kernel.name, "op": kernel.op, "backend": kernel.backend, "when": (kernel.when.__doc__ or "").strip(),
+            "summary": doc.replace("\n", " ").partition(". ")[0].rstrip("."), "doc": doc,
+        }  # fmt: skip
+        found[kernel.name if kernel.name not in found else f"{kernel.backend}.{kernel.op}.{kernel.name}"] = entry
+    columns = {"kernel": "name", "op": "op", "backend": "backend", "claims": "when", "how": "summary"}
+    _show("kernel", found, name, json, columns)
+
+
+def _show(
+    kind: str, found: Mapping[str, dict[str, Any]], name: str | None, json: bool, columns: dict[str, str]
+) -> None:
+    """A table of everything, or the page of one."""
+    from fxcurv.cli import render
+
+    if name is None:
+        if json:
+            render.print_json([{k: v for k, v in entry.items() if k != "doc"} for entry in found.values()])
+        else:
+            render.table("", list(columns), [[_text(e[key]) for key in columns.values()] for e in found.values()])
+        return
+    if name not in found:
+        near = difflib.get_close_matches(name, found, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(found)}."
+        raise FxcurvError(f"there is no {kind} '{name}'; {hint}")
+    entry = found[name]
+    if json:
+        render.print_json(entry)
+        return
+    render.heading(name + entry.get("schema", ""))
+    render.line()
+    render.line(entry["doc"])
+    render.line()
+    rest = {key: value for key, value in entry.items() if key not in ("name", "schema", "summary", "doc", "defaults")}
+    for key, value in rest.items():
+        if value:
+            render.line(f"{key}: {_text(value)}")
+    if entry.get("defaults"):
+        title = "Hyper-parameters" if kind == "method" else "Options"
+        render.table(title, ("name", "default"), [(key, _text(value)) for key, value in entry["defaults"].items()])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={item}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(item) for item in value)
+    return "none" if value is None else str(value)

@@ -1,0 +1,67 @@
+"""The ``fxcurv`` command: its verbs and how they fail.
+
+Importing this must stay cheap (``fxcurv --help`` answers without torch), so verbs import what they need when they run.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fxcurv.cli import catalogue, check, compile, inspect, opt, papers, train
+from fxcurv.cli.verb import verb
+
+EPILOG = "MODEL FILES are Python and are run: 'model' or 'build_model()', optionally 'example_inputs', 'loss', 'batches'."
+
+app = typer.Typer(
+    name="fxcurv",
+    help="Curvature for PyTorch by rewriting graphs: second-order optimisers as compiled programs.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+VERBS = {
+    "Compile and train": {
+        "compile": compile.run,
+        "train": train.run,
+        "inspect": inspect.run,
+        "check": check.run,
+        "opt": opt.run,
+    },
+    "What there is": {
+        "methods": catalogue.methods,
+        "papers": papers.run,
+        "ops": catalogue.ops,
+        "passes": catalogue.passes,
+        "kernels": catalogue.kernels,
+    },
+}
+for panel, verbs in VERBS.items():
+    for name, function in verbs.items():
+        app.command(name, rich_help_panel=panel)(verb(function))
+
+
+def _version(show: bool) -> None:
+    if show:
+        import fxcurv
+
+        typer.echo(f"fxcurv {fxcurv.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Curvature for PyTorch by rewriting graphs: second-order optimisers as compiled programs."""
+
+
+def main() -> None:
+    """Entry point of the ``fxcurv`` script."""
+    app()

@@ -1,0 +1,270 @@
+"""Every op agrees in float64 with its formula, written out independently in numpy and loops.
+
+A new op needs one line in ``ORACLES``.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fxcurv.ir.ops  # noqa: F401  (registers the ops)
+from fxcurv.ir.op import OPS, Op, Trait
+from fxcurv.ir.ops import moments
+
+PURE = {
+    name: op
+    for name, op in OPS.items()
+    if op.reference.__module__.startswith("fxcurv.ir.ops.") and Trait.ORACLE not in op.traits
+}
+
+
+def sample(op: Op, index: int) -> tuple[Any, ...]:
+    return list(op.samples())[index]
+
+
+def as_numpy(operand: Any) -> Any:
+    if isinstance(operand, torch.Tensor):
+        return operand.numpy()
+    return [as_numpy(item) for item in operand] if isinstance(operand, (list, tuple)) else operand
+
+
+def by_group(result: np.ndarray) -> np.ndarray:
+    return result[0] if result.shape[0] == 1 else result
+
+
+def full(M: np.ndarray, matrix: bool) -> np.ndarray:
+    """A (batch of) dense matrix from a matrix or a diagonal."""
+    return M if matrix else M[..., None] * np.eye(M.shape[-1])
+
+
+def example_gradients(a: np.ndarray, g: np.ndarray) -> np.ndarray:
+    b, s, groups, i = a.shape
+    out = np.zeros((b, groups, g.shape[3], i))
+    for n, t, k in product(range(b), range(s), range(groups)):
+        out[n, k] += np.outer(g[n, t, k], a[n, t, k])
+    return out
+
+
+def oracle_gram(rows: np.ndarray) -> np.ndarray:
+    out = np.zeros((rows.shape[2], rows.shape[3], rows.shape[3]))
+    for n, t, k in product(*map(range, rows.shape[:3])):
+        out[k] += np.outer(rows[n, t, k], rows[n, t, k])
+    return by_group(out)
+
+
+def oracle_second_moment(a: np.ndarray, g: np.ndarray, QA: np.ndarray, QG: np.ndarray) -> np.ndarray:
+    groups = a.shape[2]
+    QA, QG = (
+        full(Q, Q.ndim == (3 if groups > 1 else 2)).reshape(groups, d, d)
+        for Q, d in ((QA, a.shape[3]), (QG, g.shape[3]))
+    )
+    E = example_gradients(a, g)
+    return by_group(np.stack([sum((QG[k].T @ E[n, k] @ QA[k]) ** 2 for n in range(len(E))) for k in range(groups)]))
+
+
+def oracle_grad_gram(a: np.ndarray, g: np.ndarray) -> np.ndarray:
+    E = example_gradients(a, g)
+    flat = E.reshape(*E.shape[:2], -1)
+    return by_group(np.stack([sum(np.outer(v[k], v[k]) for v in flat) for k in range(a.shape[2])]))
+
+
+def is_matrix(A: np.ndarray, flag: bool) -> bool:
+    return A.ndim > 1 and A.shape[-1] == A.shape[-2] and not flag
+
+
+def lead(s: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return np.asarray(s).reshape(np.shape(s) + (1,) * (x.ndim - np.ndim(s)))
+
+
+def diagonal_of(A: np.ndarray, flag: bool) -> np.ndarray:
+    return np.einsum("...ii->...i", A) if is_matrix(A, flag) else A
+
+
+def oracle_inverse(A: np.ndarray, damping: np.ndarray, flag: bool = False) -> np.ndarray:
+    if not is_matrix(A, flag):
+        return 1 / (A + lead(damping, A))
+    return np.linalg.inv(A + lead(damping, A) * np.eye(A.shape[-1]))
+
+
+def oracle_inverse_root(A: np.ndarray, root: float, eps: np.ndarray, flag: bool = False) -> np.ndarray:
+    dense = full(A, is_matrix(A, flag))
+    dense = dense + lead(eps, dense) * np.eye(A.shape[-1])
+    U, s, Vt = np.linalg.svd(dense)  # the samples are PSD, so singular values are eigenvalues
+    out = (U * s[..., None, :] ** (-1 / root)) @ Vt
+    return out if is_matrix(A, flag) else np.einsum("...ii->...i", out)
+
+
+def oracle_pi(A: np.ndarray, G: np.ndarray, flag_a: bool = False, flag_g: bool = False) -> np.ndarray:
+    a, g = diagonal_of(A, flag_a).mean(-1), diagonal_of(G, flag_g).mean(-1)
+    return np.vectorize(lambda x, y: math.sqrt(x / y) if x > 0 and y > 0 else 1.0)(a, g)
+
+
+def kron(V: np.ndarray, L: np.ndarray, R: np.ndarray) -> np.ndarray:
+    """(L (x) R) vec(V), vec row-major, that is L V R^T, through the explicit Kronecker product in each group."""
+    L, R = full(L, L.ndim == V.ndim), full(R, R.ndim == V.ndim)
+    if V.ndim == 2:
+        return (np.kron(L, R) @ V.reshape(-1)).reshape(V.shape)
+    return np.stack([kron(v, left, right) for v, left, right in zip(V, L, R, strict=True)])
+
+
+def t(M: np.ndarray, V: np.ndarray) -> np.ndarray:
+    return np.swapaxes(M, -1, -2) if M.ndim == V.ndim else M
+
+
+def oracle_unit_apply(V: np.ndarray, M: np.ndarray) -> np.ndarray:
+    M = full(M, M.ndim == V.ndim)
+    if V.ndim == 2:
+        return (M @ V.reshape(-1)).reshape(V.shape)
+    return np.stack([oracle_unit_apply(v, m) for v, m in zip(V, M, strict=True)])
+
+
+def unfold(T: np.ndarray, mode: int) -> np.ndarray:
+    return np.stack([np.take(T, j, axis=mode).reshape(-1) for j in range(T.shape[mode])])
+
+
+def oracle_mode_apply(T: np.ndarray, M: np.ndarray, mode: int) -> np.ndarray:
+    M = full(M, M.ndim == 2)
+    out = np.zeros_like(T)
+    for j, k in product(range(len(M)), repeat=2):
+        index = [slice(None)] * T.ndim
+        index[mode] = j
+        out[tuple(index)] += M[j, k] * np.take(T, k, axis=mode)
+    return out
+
+
+def oracle_matricize(W: np.ndarray, perm: list[int], shape: list[int]) -> np.ndarray:
+    flat = [
+        W[tuple(index[perm.index(axis)] for axis in range(W.ndim))] for index in np.ndindex(*(W.shape[p] for p in perm))
+    ]
+    return np.array(flat).reshape(shape)
+
+
+def oracle_tensorize(M: np.ndarray, perm: list[int], shape: list[int]) -> np.ndarray:
+    out = np.zeros(shape)
+    for value, index in zip(M.reshape(-1), np.ndindex(*(shape[p] for p in perm)), strict=True):
+        out[tuple(index[perm.index(axis)] for axis in range(len(shape)))] = value
+    return out
+
+
+def oracle_clip(dots: list[np.ndarray], lr: float, kappa: float) -> float:
+    total = sum(float(x) for x in dots if math.isfinite(x))
+    return 1.0 if total <= 0 or lr == 0 else min(1.0, math.sqrt(kappa / (lr**2 * total)))
+
+
+def oracle_ema(old: np.ndarray, new: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    w = np.broadcast_to(lead(weight, old), old.shape)
+    return np.array(
+        [o if v == 1 else v * o + (1 - v) * n for o, n, v in zip(old.flat, new.flat, w.flat, strict=True)]
+    ).reshape(old.shape)
+
+
+def aligned(function: Any) -> Any:
+    return lambda x, y: function(lead(x, y) if x.ndim < y.ndim else x, lead(y, x) if y.ndim < x.ndim else y)
+
+
+ORACLES: dict[str, Any] = {
+    "mean_positions": lambda r: r.sum(1, keepdims=True) / r.shape[1],
+    "sum_positions": lambda r: sum(r[:, s : s + 1] for s in range(r.shape[1])),
+    "gram": oracle_gram,
+    "diag_gram": lambda r: np.einsum("...ii->...i", oracle_gram(r)),
+    "row_sum": lambda r: by_group(np.einsum("bsgd->gd", r)),
+    "count": lambda r: r.shape[0] * r.shape[1],
+    "second_moment": oracle_second_moment,
+    "grad_square": lambda a, g: by_group((example_gradients(a, g) ** 2).sum(0)),
+    "grad_gram": oracle_grad_gram,
+    "mean": lambda x, n: x / lead(np.maximum(n, 1), x),
+    "ema_weight": lambda k, n, rho: min(k / (k + 1), rho) if n > 0 else 1.0,
+    "tick": lambda k, n: k + 1 if n > 0 else k,
+    "ema": oracle_ema,
+    "moving": oracle_ema,
+    "bias_correct": lambda x, beta, k: x / (1 - beta**k) if k else x,
+    "add": aligned(np.add),
+    "sub": aligned(np.subtract),
+    "mul": aligned(np.multiply),
+    "div": aligned(np.divide),
+    "square": lambda x: x * x,
+    "sqrt": np.sqrt,
+    "neg": lambda x: 0 - x,
+    "mean_diagonal": lambda A, flag=False: diagonal_of(A, flag).sum(-1) / A.shape[-1],
+    "pi_split": oracle_pi,
+    "inverse": oracle_inverse,
+    "inverse_root": oracle_inverse_root,
+    "outer": lambda g, a: np.einsum("...o,...i->...oi", g, a),
+    "kron_apply": lambda V, G, A: kron(V, G, A),  # A is symmetric
+    "right_apply": lambda V, A: kron(V, np.ones(V.shape[:-1]), A),
+    "rotate": lambda V, QG, QA: kron(V, t(QG, V), t(QA, V)),
+    "rotate_back": lambda V, QG, QA: kron(V, QG, QA),
+    "unit_apply": oracle_unit_apply,
+    "mode_gram": lambda T, m: unfold(T, m) @ unfold(T, m).T,
+    "mode_diag": lambda T, m: np.array([(row**2).sum() for row in unfold(T, m)]),
+    "mode_apply": oracle_mode_apply,
+    "matricize": oracle_matricize,
+    "tensorize": oracle_tensorize,
+    "append_column": lambda M, v: np.concatenate([M, v.reshape(M.shape[:-1])[..., None]], -1),
+    "weight_columns": lambda M: np.delete(M, -1, axis=-1),
+    "last_column": lambda M: np.take(M, -1, axis=-1).ravel(),
+    "dot": lambda x, y: sum(float(p) * float(q) for p, q in zip(x.flat, y.flat, strict=True)),
+    "norm": lambda x: math.sqrt(sum(float(p) ** 2 for p in x.flat)),
+    "clip_kl": oracle_clip,
+    "finite": lambda xs: all(np.isfinite(x).all() for x in xs),
+    "scale": lambda x, c: x * lead(c, x),
+    "copy": lambda x: x,
+    "one_like": lambda x: x * 0 + 1,
+    "safe_ratio": np.vectorize(lambda p, q: p / q if q > 0 else 0.0),
+    "damped_divide": lambda x, y, damping: x / (y + damping),
+    "power": lambda x, exponent: np.exp(exponent * np.log(x)),
+    "trailing_mean": lambda x, dims: x * 0 + x.mean(tuple(range(-dims, 0)), keepdims=True),
+    "pack": lambda xs: np.concatenate([x.ravel() for x in xs]),
+    "unpack": lambda v, offset, shape: np.array([v[offset + k] for k in range(math.prod(shape))]).reshape(shape),
+}
+INDIRECT = {"eigh", "signs"}  # not unique, or random: tested by what they must satisfy
+
+
+def test_every_op_has_an_oracle() -> None:
+    assert set(PURE) == set(ORACLES) | INDIRECT
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_agrees_with_formula(name: str) -> None:
+    for operands in PURE[name].samples():
+        expected = ORACLES[name](*map(as_numpy, operands))
+        np.testing.assert_allclose(PURE[name](*operands).numpy(), expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("index", range(len(list(OPS["eigh"].samples()))))
+def test_eigh_decomposes(index: int) -> None:
+    A, *flags = sample(OPS["eigh"], index)
+    values, vectors = OPS["eigh"](A, *flags)
+    assert (values >= 0).all()
+    if not is_matrix(A.numpy(), bool(flags)):
+        torch.testing.assert_close(values, A)
+        torch.testing.assert_close(vectors, torch.ones_like(A))
+        return
+    torch.testing.assert_close((vectors * values.unsqueeze(-2)) @ vectors.mT, A)
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(A.shape[-1], dtype=A.dtype).expand(A.shape))
+    assert (values.diff(dim=-1) >= 0).all()
+
+
+def test_eigh_clips_negative_round_off() -> None:
+    A = torch.diag(torch.tensor([-1e-9, 1.0], dtype=torch.float64))
+    assert OPS["eigh"](A)[0].tolist() == [0.0, 1.0]
+    assert OPS["eigh"](torch.tensor([-1e-9, 1.0]))[0].tolist() == [0.0, 1.0]
+
+
+def test_per_example_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(7, 3, 2, 4, generator=generator, dtype=torch.float64)
+    g = torch.randn(7, 3, 2, 5, generator=generator, dtype=torch.float64)
+    whole = OPS["grad_square"](a, g), OPS["grad_gram"](a, g)
+    sizes = []
+    monkeypatch.setattr(moments, "CHUNK", 2 * 2 * 4 * 5)
+    for part in moments.per_example(a, g):
+        sizes.append(part.shape[0])
+    assert sizes == [2, 2, 2, 1]
+    torch.testing.assert_close((OPS["grad_square"](a, g), OPS["grad_gram"](a, g)), whole)
