@@ -72,9 +72,13 @@ def kernels(name: Name = None, json: Json = False) -> None:
     for kernel in KERNELS:
         doc = (kernel.doc or "").strip()
         entry = {
-            "name": kernel.name, "op": kernel.op, "backend": kernel.backend, "when": (kernel.when.__doc__ or "").strip(),
-            "summary": doc.replace("\n", " ").partition(". ")[0].rstrip("."), "doc": doc,
-        }  # fmt: skip
+            "name": kernel.name,
+            "op": kernel.op,
+            "backend": kernel.backend,
+            "when": " ".join((kernel.when.__doc__ or "").split()),
+            "summary": " ".join(doc.split()).partition(". ")[0].rstrip("."),
+            "doc": doc,
+        }
         found[kernel.name if kernel.name not in found else f"{kernel.backend}.{kernel.op}.{kernel.name}"] = entry
     columns = {"kernel": "name", "op": "op", "backend": "backend", "claims": "when", "how": "summary"}
     _show("kernel", found, name, json, columns)

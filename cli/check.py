@@ -22,10 +22,10 @@ def run(
     strict: Annotated[bool, typer.Option("--strict", help="An uncovered parameter is a failure.")] = False,
     json: Json = False,
 ) -> None:
-    """Check a compiled model: types, every pass numerically, the three proofs, a step, and factors against dense blocks.
+    """Check a compiled model: types, every pass numerically, the three proofs, a step, factors against dense blocks.
 
-    Exits with 1 when a check fails. The distance of factors to the dense curvature is information: how good the method's
-    approximation is on this model, for layers of up to 3000 parameters.
+    Exits with 1 when a check fails. The distance of factors to the dense curvature is information: how good the
+    method's approximation is on this model, for layers of up to 3000 parameters.
     """
     from fxcurv.cli import render
     from fxcurv.cli.checks import run_checks

@@ -145,7 +145,7 @@ def _one_step(file: ModelFile, module: CurvatureModule, batch: tuple[Any, Any], 
     return f"loss {float(value.detach()):.4g}, every parameter finite after it" if value is not None else ""
 
 
-# Factors against the dense curvature ------------------------------------------------------------------------------------
+# Factors against the dense curvature ----------------------------------------------------------------------------------
 
 
 def _dense(
@@ -223,7 +223,8 @@ def _exact_block(model: nn.Module, target: Any, inputs: Any, columns: list[Tenso
     """J^T H J / N for one layer, from vector-Jacobian products of the plain model."""
     names = [name for name in (target.weight, target.bias) if name is not None]
     own = {name: p.detach() for name, p in model.named_parameters()}
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, (tuple, list)) else (inputs,), {})
+    kwargs = inputs if isinstance(inputs, dict) else {}
+    args = () if kwargs else inputs if isinstance(inputs, (tuple, list)) else (inputs,)
 
     def output(*values: Tensor) -> Tensor:
         return functional_call(model, {**own, **dict(zip(names, values, strict=True))}, tuple(args), kwargs)  # type: ignore[no-any-return]

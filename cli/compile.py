@@ -79,7 +79,9 @@ def summary(found: dict[str, Any]) -> None:
         ],
     )
     render.passes(found)
-    render.table("Kernels", ("implementation", "#nodes"), list(found["kernels"].items()))
+    rest = sum(count for name, count in found["kernels"].items() if name.endswith("_reference"))
+    claimed = [(name, count) for name, count in found["kernels"].items() if not name.endswith("_reference")]
+    render.table("Kernels", ("kernel", "#nodes"), [*claimed, ("(plain torch)", rest)])
     render.cost(found["cost"])
     memory = found["memory"]
     states, parameters = render.bytes_text(memory["states"]), render.bytes_text(memory["parameters"])

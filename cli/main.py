@@ -12,7 +12,10 @@ import typer
 from fxcurv.cli import catalogue, check, compile, inspect, opt, papers, train
 from fxcurv.cli.verb import verb
 
-EPILOG = "MODEL FILES are Python and are run: 'model' or 'build_model()', optionally 'example_inputs', 'loss', 'batches'."
+EPILOG = (
+    "A model file is Python and is run. It defines 'model' or 'build_model()', and optionally 'example_inputs', 'loss', "
+    "'batches(epoch)', 'evaluate(model)', 'prepare(model)' and 'settings'; see the examples."
+)
 
 app = typer.Typer(
     name="fxcurv",

@@ -100,7 +100,7 @@ def split_spec(spec: str) -> tuple[Path, str]:
 
 
 def parse_inputs(specs: Sequence[str]) -> tuple[Tensor, ...]:
-    """Tensors from specifications such as ``f32[8,3,32,32]`` or ``i64[8,16]<100``; several with ``;``, ``,`` or repeated.
+    """Tensors from specifications such as ``f32[8,3,32,32]`` or ``i64[8,16]<100``; ``;`` or ``,`` between several.
 
     Numbers are standard normal or, for integers, uniform below the bound (2 without one), always the same ones.
     """

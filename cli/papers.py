@@ -24,7 +24,8 @@ def run(number: Number = None, json: Json = False) -> None:
     if number is not None:
         chosen = next((paper for paper in papers if paper.number == number), None)
         if chosen is None:
-            raise FxcurvError(f"there is no paper {number}; they are numbered {papers[0].number} to {papers[-1].number}.")
+            last = max(paper.number for paper in papers)
+            raise FxcurvError(f"there is no paper {number}; they are numbered up to {last}.")
         if json:
             render.print_json(dataclasses.asdict(chosen))
             return

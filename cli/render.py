@@ -48,7 +48,7 @@ def _finite(value: Any) -> Any:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table on stdout; a column whose name starts with "#" is a number. Rows of a known status are coloured by it."""
-    drawn = Table(title=title or None, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    drawn = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for column in columns:
         drawn.add_column(column.lstrip("#"), justify="right" if column.startswith("#") else "left", overflow="fold")
     for row in rows:
@@ -125,7 +125,8 @@ def uncovered(found: dict[str, Any]) -> None:
     """The parameters that keep their gradient, with the reason; a line when there are none."""
     rows = [row for row in found["report"]["rows"] if row["status"] == "gradient only"]
     if rows:
-        table("Not covered", ("parameter", "#elements", "why"), [(r["parameter"], r["elements"], _why(r)) for r in rows])
+        shown = [(row["parameter"], row["elements"], _why(row)) for row in rows]
+        table("Not covered", ("parameter", "#elements", "why"), shown)
     else:
         line("Every trainable parameter is covered.\n")
 
@@ -164,9 +165,13 @@ class TrainingProgress:
         self.every = max(1, total // 20)
         self.total = total
         self.bar = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"),
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
             console=self.console,
-        )  # fmt: skip
+        )
         self.task = self.bar.add_task("train", total=total, completed=done, note="")
 
     def __enter__(self) -> TrainingProgress:

@@ -18,7 +18,7 @@ def run(
     hyper: dict[str, Any],
     method: MethodName = "kfac",
     steps: Annotated[Count, typer.Option("--steps", "-n", min=1, help="Steps in all, earlier ones included.")] = None,
-    epochs: Annotated[Count, typer.Option("--epochs", min=1, help="Passes over the data (1); not with --steps.")] = None,
+    epochs: Annotated[Count, typer.Option("--epochs", min=1, help="Passes over the data; 1 without --steps.")] = None,
     save: Annotated[Checkpoint, typer.Option("--save", help="Write a checkpoint at the end, and on Ctrl-C.")] = None,
     resume: Annotated[Checkpoint, typer.Option("--resume", help="Go on from a checkpoint.")] = None,
     loss: LossName = None,

@@ -81,7 +81,7 @@ class Training:
         return float(value.detach())
 
     def _supply(self) -> Iterator[Any]:
-        """Batches from the current position on, epoch after epoch; the random state is that of the step, not of skipping."""
+        """Batches from the current position on, epoch after epoch; skipping leaves the random state alone."""
         state = torch.get_rng_state()
         supply = iter(self.batches(self.epoch))
         for _ in islice(supply, self.position):

@@ -1,8 +1,8 @@
 """cadence: make explicit what a step reads that it does not compute.
 
 A value with a cadence of its own (a factorisation every 10 steps) that is read at another cadence becomes
-``on_due(value, state)``: this step's value when it is due, the kept one when not. A value that already is the next value
-of a state uses that state; any other gets a state of its own, named after the state it is computed from
+``on_due(value, state)``: this step's value when it is due, the kept one when not. A value that already is the next
+value of a state uses that state; any other gets a state of its own, named after the state it is computed from
 (``fc.A`` -> ``fc.A.inverse``) and saved under every name of that state.
 """
 

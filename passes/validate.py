@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.op import OPS, Op, Trait
 from fxcurv.ir.program import Program, Role
-from fxcurv.ir.types import Diag, LowRank, Mat, Orth, Psd, Rows, Scalar, Sym, Tri, Type, Vec
+from fxcurv.ir.types import LowRank, Orth, Psd, Rows, Scalar, Sym, Tri, Type
 
 UNKNOWN = 5  # stands for every size that is known only when the program runs
 SIGNED = ("grad", "param")  # kinds of input whose entries may be negative; the others are counts, moments, strengths
@@ -135,11 +135,12 @@ def _evaluate(node: fx.Node, values: dict[fx.Node, Any], given: dict[tuple[str, 
         return values[_read(node, due)[0]]
     if node.meta["every"] not in due:
         raise FxcurvError(f"%{node.name} is evaluated every {node.meta['every']} but read in a step without it.")
-    operands = fx.node.map_arg(node.args, values.__getitem__)
-    if node.target is operator.getitem:
+    operands: Any = fx.node.map_arg(node.args, values.__getitem__)
+    target: Any = node.target
+    if target is operator.getitem:
         return operands[0][operands[1]]
     try:
-        return node.target(*operands)
+        return target(*operands)
     except (RuntimeError, TypeError, IndexError) as error:
         raise FxcurvError(f"%{node.name} failed in the interpreter: {error}") from error
 
@@ -153,9 +154,7 @@ def compare(before: Program, after: Program, name: str, tolerance: float = 1e-8,
     """
     inputs = random_inputs(after, seed)
     merged = {(role.kind, key): value for role, value in inputs.items() for key in role.keys}
-    old_inputs = {
-        role: merged.get((role.kind, role.key), value) for role, value in random_inputs(before, seed).items()
-    }
+    old_inputs = {role: merged.get((role.kind, role.key), value) for role, value in random_inputs(before, seed).items()}
     old = _by_key(interpret(before, old_inputs))
     new = _by_key(interpret(after, inputs))
     for key in old:

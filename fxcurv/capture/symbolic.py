@@ -167,7 +167,7 @@ class _Tracer(fx.Tracer):
         name = self._state.get(id(tensor))
         if name is not None:
             return self._state_proxy(name, tensor).node
-        name = None
+        name = self.tensor_attrs.get(tensor)
         if name is not None:
             return self.create_node("get_attr", name, (), {})
         if tensor.requires_grad:

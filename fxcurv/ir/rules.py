@@ -106,7 +106,7 @@ def _convert(tree: ast.expr, text: str) -> Any:
             return [_convert(item, text) for item in items]
         case ast.Constant(value=value):
             return value
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=value)):
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
             return -value
     raise FxcurvError(f"'{text}' is not a pattern; write for example \"ema(s, gram(x), w)\".")
 

@@ -69,7 +69,9 @@ def state_keys(text: str) -> tuple[str, ...]:
     return () if expression is None else tuple(leaf.key for leaf in leaves(expression) if isinstance(leaf, StateOf))
 
 
-def evaluate(expression: Call | RowsOf | StateOf, read: Callable[[Any], Any], apply: Callable[[str, list[Any]], Any]) -> Any:
+def evaluate(
+    expression: Call | RowsOf | StateOf, read: Callable[[Any], Any], apply: Callable[[str, list[Any]], Any]
+) -> Any:
     """Fold an expression: ``read`` gives the value of a leaf, ``apply`` that of an op on values."""
     if isinstance(expression, Call):
         return apply(expression.op, [evaluate(operand, read, apply) for operand in expression.operands])
@@ -91,6 +93,8 @@ def _parse(text: str) -> tuple[Any, str]:
         operands = []
         while rest[0] in "(,":
             operand, rest = _parse(rest[1:])
+            if operand is None:
+                raise FxcurvError(f"'{text}' is not a statistic: operands are rows (fc.a), states ($fc.QA) or calls.")
             operands.append(operand)
             if not rest or rest[0] not in ",)":
                 raise FxcurvError(f"'{text}' is not a statistic: a bracket is not closed.")

@@ -49,9 +49,10 @@ def print_node(node: fx.Node) -> str:
     if node.op == "placeholder":
         role = meta["role"]
         return head + str(role) + (f" init={role.init}" if role.init else "") + tail
-    if node.target is operator.getitem:
-        return f"{head}%{node.args[0].name}[{node.args[1]}]{tail}"
-    return f"{head}{node.target.name}({', '.join(print_value(value) for value in node.args)}){tail}"
+    target: Any = node.target
+    if target is operator.getitem:
+        return f"{head}{print_value(node.args[0])}[{node.args[1]}]{tail}"
+    return f"{head}{target.name}({', '.join(print_value(value) for value in node.args)}){tail}"
 
 
 @lru_cache(maxsize=4096)
@@ -137,7 +138,8 @@ def _parse_node(line: str, program: Program, values: dict[str, fx.Node]) -> fx.N
     if match is None:
         raise FxcurvError("a node reads: %name : Type = op(operands)")
     name, type_text, body, init, every, owner = match.groups()
-    types: Any = tuple(parse_type(part) for part in _split(type_text[1:-1])) if type_text[0] == "(" else parse_type(type_text)
+    several = type_text[0] == "("
+    types: Any = tuple(map(parse_type, _split(type_text[1:-1]))) if several else parse_type(type_text)
     graph = program.graph
     if item := _ITEM.fullmatch(body):
         node = graph.create_node("call_function", operator.getitem, (values[item[1]], int(item[2])), name=name)

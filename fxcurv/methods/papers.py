@@ -67,6 +67,7 @@ def _paper(path: Path, entry: dict[str, Any]) -> Paper:
         what = f"an unknown field '{unknown[0]}'" if unknown else f"no '{missing[0]}'"
         raise FxcurvError(f"'{path}': paper {entry.get('number', '?')} has {what}.")
     if entry["status"] not in STATUSES:
-        raise FxcurvError(f"'{path}': paper {entry['number']} has status '{entry['status']}', not {', '.join(STATUSES)}.")
+        known = ", ".join(STATUSES)
+        raise FxcurvError(f"'{path}': paper {entry['number']} has status '{entry['status']}'; there are {known}.")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
     return Paper(**{**values, "year": str(values.get("year", ""))})

@@ -46,6 +46,16 @@ class Engine:
         self.on_nonfinite = on_nonfinite
         self.hyper = dict(self.method.hyper)
         self.dtype = compilation.facts.dtype
+        trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+        self.places = {
+            trainable[id(p)]: (module._parameters, key)
+            for module in model.modules()
+            for key, p in module._parameters.items()
+            if p is not None and id(p) in trainable
+        }
+        self.places = {name: self.places[name] for name in trainable.values()}
+        self.first = next(iter(self.places))
+        self.anchors = {name: name for name in self.places} | {t.name: t.weight for t in self.facts.targets if t.weight}
         self.states = States(self.lowered.program, self.device_of)
         self.commits = self.lowered.commits()
         types = {role.key: node.meta["type"] for role, node in self.lowered.program.inputs("stat").items()}
@@ -111,18 +121,13 @@ class Engine:
         self.micro = 0
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters by full name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        """Trainable parameters by full name: the tensors that the model holds now."""
+        return {name: owner[key] for name, (owner, key) in self.places.items()}  # type: ignore[misc]
 
     def device_of(self, owner: str) -> torch.device:
         """The device of a layer or parameter; that of the first parameter for anything else."""
-        parameters = dict(self.model.named_parameters())
-        for target in self.facts.targets:
-            if target.name == owner and target.weight is not None:
-                return parameters[target.weight].device
-        if owner in parameters:
-            return parameters[owner].device
-        return next((p.device for p in parameters.values()), torch.device("cpu"))
+        holder, key = self.places[self.anchors.get(owner, self.first)]
+        return holder[key].device  # type: ignore[union-attr]
 
     def _check_statistics(self, due: bool) -> float:
         """Number of loss terms behind the statistics; raises :class:`FxcurvError` when they are missing or wrong."""

@@ -76,7 +76,6 @@ UNTOUCHED_BY_EXPORT = (
     "recurrent",
     "parametrised",
     "ema",
-    "quantised",
 )
 
 
@@ -119,6 +118,14 @@ def test_get_attr_targets_are_parameter_names(frontend):
     captured = capture(model, Call.of(model, args), frontend)
     targets = {node.target for node in captured.graph.nodes if node.op == "get_attr"}
     assert targets == {"w", "b", "v.0"} and not captured.constants
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_plain_tensor_attribute_is_read_from_the_model(frontend):
+    model, args, _ = build("constants")
+    runner = Runner(capture(model, Call.of(model, args), frontend))
+    model.plain = torch.full_like(model.plain, 3.0)
+    assert_same(model, runner, args, {})
 
 
 def test_export_keeps_no_assertion_about_the_example():

@@ -135,3 +135,10 @@ def test_shapes_that_depend_on_values():
     assert [node.meta.get("shape") for node in captured.graph.nodes][-2] == (3, 1)
     assert model.norm.num_batches_tracked == 0 and torch.equal(model.norm.running_mean, torch.zeros(3))
     assert torch.equal(rng, torch.get_rng_state())
+
+
+def test_source_is_the_innermost_line():
+    model, args, _ = build("checkpoint")  # forward calls checkpoint, which calls block
+    captured = capture(model, Call.of(model, args), "symbolic")
+    (tanh,) = [node for node in captured.graph.nodes if node.target == "tanh"]
+    assert "return self.b(self.a(x).tanh())" in source(tanh)

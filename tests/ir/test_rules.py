@@ -196,7 +196,9 @@ def test_condition_sees_bindings_and_root() -> None:
 
 def test_changed_type_is_an_error() -> None:
     p = program("%s : Scalar[] = norm(%a)\n%r : Vec[3] = scale(%b, %s)", "update['a'] = %r")
-    with pytest.raises(FxcurvError, match=r"rule 'norm\(x\) -> square\(x\)' would turn %s from Scalar\[\] into Vec\[3\]"):
+    with pytest.raises(
+        FxcurvError, match=r"rule 'norm\(x\) -> square\(x\)' would turn %s from Scalar\[\] into Vec\[3\]"
+    ):
         apply_rules(p, [Rule("norm(x)", "square(x)")])
     verify(p)
     with pytest.raises(FxcurvError, match="rule 'bad' would turn"):

@@ -62,13 +62,13 @@ def test_converges_to_the_exact_diagonal_at_the_square_root_rate(case: str, fish
         torch.testing.assert_close(many, exact.expand_as(many))
         return
     few = estimates(net, x, loss, user, names, 4, fisher=fisher, seed=7)
-    random = few.std(0) > 1e-9 * exact  # some entries depend on one term only, and are exact with signs
+    random = few.std(0) > 1e-9 * exact.max()  # some entries depend on one term only, and are exact with signs
     torch.testing.assert_close(many[:, ~random], exact[~random].expand(STEPS, -1))
     z = (many.mean(0) - exact)[random] / (many.std(0)[random] / STEPS**0.5)
     assert z.abs().max() < 5
     assert z.square().mean().sqrt() < 2
     rate = float((few.std(0)[random] / many.std(0)[random]).square().mean().sqrt())
-    assert 3.2 < rate < 4.9  # sqrt(64 / 4), give or take the error of 60 draws
+    assert 2.6 < rate < 6.0  # sqrt(64 / 4), give or take the error of 60 draws with few degrees of freedom
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -137,4 +137,4 @@ def test_output_factor_converges_to_that_of_exact_columns() -> None:
     drawn = torch.stack(rows)
     z = (drawn.mean(0) - exact) / (drawn.std(0) / 30**0.5)
     assert z.abs().max() < 5
-    assert relative(drawn.mean(0), exact) < 0.02
+    assert relative(drawn.mean(0), exact) < 0.05

@@ -109,7 +109,11 @@ def attention() -> Facts:
 def mixed() -> Facts:
     """One layer of each sort, two of which read the same input."""
     return facts(
-        embedding("emb", 6, 3), linear("q", 3, 4), linear("k", 3, 5, "q"), norm("ln", 4), conv("conv", 3, 2, 2, 3),
+        embedding("emb", 6, 3),
+        linear("q", 3, 4),
+        linear("k", 3, 5, "q"),
+        norm("ln", 4),
+        conv("conv", 3, 2, 2, 3),
         linear("head", 4, 2, bias=False),
     )
 

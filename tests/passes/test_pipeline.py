@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.passes.programs import METHODS, PIPELINE, attention, build, compiled, facts, keys, linear, measured, mixed, ops
 from torch import fx
 
 from fxcurv.errors import FxcurvError
@@ -20,6 +19,19 @@ from fxcurv.methods.facts import Facts
 from fxcurv.passes import PASSES, Cadence, Pass, Share, Sink, parse_pipeline
 from fxcurv.passes.manager import Compilation, run_passes
 from fxcurv.passes.validate import interpret, random_inputs, relative_error
+from tests.passes.programs import (
+    METHODS,
+    PIPELINE,
+    attention,
+    build,
+    compiled,
+    facts,
+    keys,
+    linear,
+    measured,
+    mixed,
+    ops,
+)
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((method, {}) for method in METHODS),
@@ -160,7 +172,9 @@ def test_slices_follow_the_schedule(program: Program) -> None:
 # --- sharing -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme, solve, count", [("tikhonov", "inverse", 4), ("eigenvalue", "eigh", 4), ("pi", "inverse", 6)])
+@pytest.mark.parametrize(
+    "scheme, solve, count", [("tikhonov", "inverse", 4), ("eigenvalue", "eigh", 4), ("pi", "inverse", 6)]
+)
 def test_share_attention(scheme: str, solve: str, count: int) -> None:
     """q, k, v: one slot, one average and, where the damping allows it, one factorisation of the input side."""
     c = compiled(build("kfac", attention(), damping_scheme=scheme), "sink,share,cadence", check="numeric")

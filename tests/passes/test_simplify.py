@@ -6,7 +6,6 @@ import ast
 from itertools import product
 
 import pytest
-from tests.passes.programs import ops
 
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.op import OPS
@@ -17,10 +16,20 @@ from fxcurv.ir.verify import verify
 from fxcurv.passes.manager import Compilation
 from fxcurv.passes.simplify import RULES, Simplify
 from fxcurv.passes.validate import compare
+from tests.passes.programs import ops
 
 TYPES: tuple[Type, ...] = (
-    Tensor((6,)), Tensor((2, 3)), Vec((6,)), Diag((3,)), Mat((2, 3)), Mat((6, 1)), Psd((3, 3)), Sym((3, 3)), Orth((3, 3)),
-    Scalar(), Rows((4, 3, 1, 2)),
+    Tensor((6,)),
+    Tensor((2, 3)),
+    Vec((6,)),
+    Diag((3,)),
+    Mat((2, 3)),
+    Mat((6, 1)),
+    Psd((3, 3)),
+    Sym((3, 3)),
+    Orth((3, 3)),
+    Scalar(),
+    Rows((4, 3, 1, 2)),
 )
 LITERALS = {"p": ([0], [0, 1], [1, 0]), "s": ([2, 3], [3, 2], [6, 1]), "t": ([6], [2, 3], [3, 2])}
 

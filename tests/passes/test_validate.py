@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.passes.programs import attention, build, compiled
 
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.op import OPS
@@ -12,6 +11,7 @@ from fxcurv.ir.program import Builder, Program, Role
 from fxcurv.ir.text import parse_program
 from fxcurv.ir.types import Diag, Mat, Orth, Psd, Rows, Scalar, Sym, Tensor, Tri, Type, Vec
 from fxcurv.passes.validate import UNKNOWN, compare, interpret, random_inputs, random_value, relative_error
+from tests.passes.programs import attention, build, compiled
 
 EYE = torch.eye(3, dtype=torch.float64)
 

@@ -350,7 +350,7 @@ def test_bfloat16_model(method: str):
     for _ in range(3):
         step(model, x, y)
     assert grads_finite(model) and net[0].weight.dtype == torch.bfloat16
-    assert all(v.dtype in (torch.float32, torch.int64) for v in states(model).values())
+    assert all(v.dtype in (torch.float32, torch.int64, torch.bool) for v in states(model).values())
 
 
 def test_autocast():
