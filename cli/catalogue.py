@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Annotated, Any, Optional
 
@@ -46,7 +47,6 @@ def ops(name: Name = None, json: Json = False) -> None:
 def passes(name: Name = None, json: Json = False) -> None:
     """List the passes in the order in which they run, or one with its options."""
     import dataclasses
-    import inspect
 
     from fxcurv.passes import PIPELINE
 
@@ -106,7 +106,7 @@ def _show(
         return
     render.heading(name + entry.get("schema", ""))
     render.line()
-    render.line(entry["doc"])
+    render.line(inspect.cleandoc(entry["doc"]))
     render.line()
     rest = {key: value for key, value in entry.items() if key not in ("name", "schema", "summary", "doc", "defaults")}
     for key, value in rest.items():

@@ -13,8 +13,8 @@ from fxcurv.cli import catalogue, check, compile, inspect, opt, papers, train
 from fxcurv.cli.verb import verb
 
 EPILOG = (
-    "A model file is Python and is run. It defines 'model' or 'build_model()', and optionally 'example_inputs', 'loss', "
-    "'batches(epoch)', 'evaluate(model)', 'prepare(model)' and 'settings'; see the examples."
+    "A model file is Python and is run. It defines 'model' or 'build_model()', and optionally 'example_inputs', "
+    "'loss', 'batches(epoch)', 'evaluate(model)', 'prepare(model)' and 'settings'; see the examples."
 )
 
 app = typer.Typer(

@@ -88,8 +88,7 @@ class Training:
             pass
         torch.set_rng_state(state)
         while True:
-            for batch in supply:
-                yield batch
+            yield from supply
             if self.position == 0:
                 raise FxcurvError(f"{self.file.path}: 'batches({self.epoch})' yields nothing.")
             self.epoch, self.position = self.epoch + 1, 0

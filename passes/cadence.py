@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -86,7 +86,8 @@ def _name_state(node: fx.Node, state_of: dict[fx.Node, Role], states: dict[Role,
         base = state_of.get(source)
         if base is not None:
             break
-        path += [str(source.args[1])] if source.target is operator.getitem else [source.target.name]
+        target: Any = source.target
+        path += [str(source.args[1])] if target is operator.getitem else [target.name]
         source = next((arg for arg in source.args if isinstance(arg, fx.Node)), node.graph.output_node())
     if source.op == "placeholder" and source.meta["role"].kind == "state":
         base = source.meta["role"]

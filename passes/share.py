@@ -108,7 +108,8 @@ def merge(program: Program, c: Compilation, numbers: dict[fx.Node, int]) -> int:
             leader_of[node.meta["role"]] = leader.meta["role"]
         erase(program.graph, node, leader)
         rewrites += 1
-    values = dict(zip(outputs, program.output.args[0], strict=True))
+    left: Any = program.output.args[0]
+    values = dict(zip(outputs, left, strict=True))
     united = {lead: lead for lead in leader_of.values()}
     for role, lead in leader_of.items():
         united[lead] = replace(united[lead], also=(*united[lead].also, *role.keys))

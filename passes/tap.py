@@ -8,15 +8,20 @@ The size of such a slot is known only when the forward runs: the graph's input i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+import fxcurv.layers.reductions  # noqa: F401  (registers the reductions that need no rows)
 from fxcurv.errors import FxcurvError
+from fxcurv.ir.op import OPS
 from fxcurv.ir.program import Program
-from fxcurv.ir.statistic import Call, RowsOf, StateOf, leaves, parse_statistic
+from fxcurv.ir.statistic import Call, RowsOf, StateOf, evaluate, leaves, parse_statistic
+from fxcurv.ir.types import Rows, Type
+from fxcurv.kernels.registry import select
 from fxcurv.layers.layer import Layer, Use
 from fxcurv.layers.tap import TapSpec, tap
 from fxcurv.passes.manager import Compilation, Pass
@@ -43,6 +48,9 @@ class Tapped:
     def text(self) -> str:
         """The graph as readable code."""
         return str(self.graph.python_code("self").src)
+
+    def __str__(self) -> str:
+        return self.text()
 
 
 class BoundTap:
@@ -77,7 +85,7 @@ class TapPass(Pass):
 
     def run(self, c: Compilation) -> int:
         assert c.program is not None and c.captured is not None
-        c.tapped = insert_taps(c.captured.graph, c.layers, c.program)
+        c.tapped = insert_taps(c.captured.graph, c.layers, c.program, c.options.get("backend") or "auto")
         return len(c.tapped.taps)
 
 
@@ -91,12 +99,15 @@ def wanted(program: Program) -> dict[str, tuple[Call | RowsOf, Any]]:
     return found
 
 
-def insert_taps(captured: fx.Graph, layers: tuple[Layer, ...], program: Program, partial: bool = False) -> Tapped:
+def insert_taps(
+    captured: fx.Graph, layers: tuple[Layer, ...], program: Program, backend: str = "auto", partial: bool = False
+) -> Tapped:
     """A copy of the graph with a tap on every use that a wanted statistic reads.
 
     partial: a call of another kind may leave out layers; without it a missing one raises :class:`FxcurvError`.
     """
     statistics = wanted(program)
+    state_types = {role: node.meta["type"] for role, node in program.inputs("state").items()}
     by_layer: dict[str, list[str]] = {}
     for key, (expression, _) in statistics.items():
         by_layer.setdefault(_home(expression), []).append(key)
@@ -136,8 +147,10 @@ def insert_taps(captured: fx.Graph, layers: tuple[Layer, ...], program: Program,
                 if state not in states:
                     with graph.inserting_after(anchor):
                         states[state] = graph.placeholder(f"state_{len(states)}")
-            _insert(graph, copies, use, TapSpec(use.form, expressions, len(use.aux), tuple(read)),
-                    [states[state] for state in read], operands, tapped, mine)
+            kernels = _kernels(expressions, use, {k: t for role, t in state_types.items() for k in role.keys}, backend)
+            spec = TapSpec(use.form, expressions, len(use.aux), tuple(read), kernels)
+            node = _insert(graph, copies, use, spec, [states[state] for state in read], operands)
+            tapped.taps[node.name] = tuple(mine)
     graph.erase_node(anchor)
     order = [node.name for node in graph.nodes if node.op == "placeholder"]
     tapped.slots = tuple(slots)
@@ -147,15 +160,36 @@ def insert_taps(captured: fx.Graph, layers: tuple[Layer, ...], program: Program,
 
 
 def _insert(
-    graph: fx.Graph, copies: dict[fx.Node, fx.Node], use: Use, spec: TapSpec, states: list[fx.Node],
-    slots: list[fx.Node], tapped: Tapped, keys: list[str],
-) -> None:
+    graph: fx.Graph, copies: dict[fx.Node, fx.Node], use: Use, spec: TapSpec, states: list[fx.Node], slots: list[fx.Node]
+) -> fx.Node:
     y, x = copies[use.y], copies[use.x]
     with graph.inserting_after(y):
         node = graph.call_function(BoundTap(spec), (y, x, *(copies[a] for a in use.aux), *states, *slots))
     y.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
-    node.meta = {"type": "tap"}
-    tapped.taps[node.name] = tuple(keys)
+    return node
+
+
+def _kernels(
+    expressions: tuple[Any, ...], use: Use, states: dict[str, Type], backend: str
+) -> tuple[tuple[str, Callable[..., Any]], ...]:
+    """The kernels that claim the ops of a tap's statistics, by op name."""
+    form, chosen = use.form, {}
+
+    def read(leaf: RowsOf | StateOf) -> Type:
+        if isinstance(leaf, StateOf):
+            return states[leaf.key]
+        return Rows((None, None, form.groups, form.d_in if leaf.side[0] == "a" else form.d_out))
+
+    def apply(op: str, operands: list[Any]) -> Any:
+        result = OPS[op].infer(*operands)
+        kernel = None if backend == "reference" else select(op, result, operands, backend)
+        if kernel is not None:
+            chosen[op] = kernel.run
+        return result
+
+    for expression in expressions:
+        evaluate(expression, read, apply)
+    return tuple(chosen.items())
 
 
 def _home(expression: Any) -> str:

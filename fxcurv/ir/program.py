@@ -87,8 +87,8 @@ class Program:
 
     def outputs(self, kind: str | None = None) -> dict[Role, fx.Node]:
         """Output values by role, of one kind or all."""
-        output = self.output
-        pairs = zip(output.meta["roles"], output.args[0], strict=True)
+        values: Any = self.output.args[0]
+        pairs = zip(self.output.meta["roles"], values, strict=True)
         return {role: node for role, node in pairs if kind in (None, role.kind)}
 
     def set_outputs(self, outputs: dict[Role, fx.Node]) -> None:

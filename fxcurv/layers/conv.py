@@ -34,7 +34,7 @@ class ConvForm(Form):
 
     def rows_a(self, x: Tensor, *aux: Tensor) -> Tensor:
         """See :meth:`Form.rows_a`; x (b, C_in, *spatial) or (C_in, *spatial), rows are patches."""
-        x = self._batched(x)
+        x = self.batched(x)
         pads = [side for pair in reversed(self.pads) for side in pair]
         if any(pads):
             x = F.pad(x, pads, mode="constant" if self.mode == "zeros" else self.mode)
@@ -47,13 +47,25 @@ class ConvForm(Form):
         x = x.permute(0, *(3 + k for k in axes), 1, 2, *(3 + len(axes) + k for k in axes))
         return self._augment(x.reshape(batch, math.prod(positions), self.groups, self.inputs))
 
+    def columns(self, x: Tensor) -> Tensor:
+        """Patches of a 2-d convolution as columns, (b, C_in * K, positions); without scale and constant coordinate."""
+        x = self.batched(x)
+        (top, bottom), (left, right) = self.pads
+        mode, padding = ("constant" if self.mode == "zeros" else self.mode), (0, 0)
+        if mode == "constant" and top == bottom and left == right:
+            padding = (top, left)
+        elif any((top, bottom, left, right)):
+            x = F.pad(x, (left, right, top, bottom), mode=mode)
+        return F.unfold(x, self.kernel, dilation=self.dilation, padding=padding, stride=self.stride)
+
     def rows_g(self, g: Tensor) -> Tensor:
         """See :meth:`Form.rows_g`; g (b, C_out, *spatial) or (C_out, *spatial)."""
-        g = self._batched(g)
+        g = self.batched(g)
         positions = math.prod(g.shape[2:])
         return g.reshape(g.shape[0], self.groups, self.d_out, positions).permute(0, 3, 1, 2)
 
-    def _batched(self, tensor: Tensor) -> Tensor:
+    def batched(self, tensor: Tensor) -> Tensor:
+        """The tensor with a batch axis."""
         return tensor.unsqueeze(0) if tensor.dim() == len(self.kernel) + 1 else tensor
 
     @property

@@ -42,6 +42,11 @@ class EmbeddingForm(Form):
         """See :meth:`Form.rows_g`; g (b, ..., embedding_dim), rows of padding included."""
         return g.reshape(*_lead(g.shape[:-1]), 1, self.d_out)
 
+    def used_rows_g(self, x: Tensor, g: Tensor) -> Tensor:
+        """See :meth:`Form.used_rows_g`."""
+        rows = self.rows_g(g)
+        return rows if self.padding_idx is None else rows * self.valid(x)[..., None, None].to(rows.dtype)
+
     def valid(self, x: Tensor) -> Tensor:
         """Whether a position carries gradient, shape (b, s), bool."""
         keep = torch.ones_like(x, dtype=torch.bool) if self.padding_idx is None else x != self.padding_idx

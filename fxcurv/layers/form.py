@@ -51,6 +51,10 @@ class Form(ABC):
     def rows_g(self, g: Tensor) -> Tensor:
         """Output-gradient rows, shape (b, s, groups, d_out), from a gradient shaped like the product."""
 
+    def used_rows_g(self, x: Tensor, g: Tensor) -> Tensor:
+        """``rows_g`` with zeros where the weight is not used (padding of an embedding)."""
+        return self.rows_g(g)
+
     @property
     @abstractmethod
     def tag(self) -> str:

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from fxcurv.ir.op import OPS
-from fxcurv.ir.statistic import Call, RowsOf, StateOf, evaluate
+from fxcurv.ir.statistic import Call, RowsOf, StateOf, evaluate, leaves
 from fxcurv.layers.form import Form
 
-Reduction = Callable[[Form, Tensor, Tensor, tuple[Tensor, ...]], "Tensor | None"]
+Reduction = Callable[[Form, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]], "Tensor | None"]
 REDUCTIONS: dict[str, Reduction] = {}  # statistic pattern such as "gram(a)" -> a faster way, or None to decline
 
 
 def reduction(pattern: str) -> Callable[[Reduction], Reduction]:
-    """Register a way to compute ``pattern`` straight from (form, x, g, aux), without building rows."""
+    """Register a way to compute ``pattern`` straight from (form, x, g, aux, states), without building rows."""
 
     def add(function: Reduction) -> Reduction:
         REDUCTIONS[pattern] = function
@@ -43,13 +43,15 @@ class TapSpec:
     """What one tap measures: ``statistics[i]`` fills slot i.
 
     form: normal form of the use. aux: number of auxiliary operands of the form. swapped: whether this use has the
-    sides "a2" and "g2". states: keys of the states that the statistics read, in operand order.
+    sides "a2" and "g2". states: keys of the states that the statistics read, in operand order. kernels: function by
+    op name where a kernel claimed the op; else its reference runs.
     """
 
     form: Form
     statistics: tuple[Call | RowsOf, ...]
     aux: int = 0
     states: tuple[str, ...] = ()
+    kernels: tuple[tuple[str, Callable[..., Any]], ...] = ()
 
     def measure(self, index: int, x: Tensor, g: Tensor, extra: tuple[Tensor, ...]) -> Tensor:
         """Statistic ``index`` from the layer's input and output gradient."""
@@ -59,16 +61,18 @@ class TapSpec:
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
         fast = REDUCTIONS.get(pattern(expression))
-        result = None if fast is None else fast(self.form, x, g, aux)
+        read_states = tuple(states[self.states.index(x.key)] for x in leaves(expression) if isinstance(x, StateOf))
+        result = None if fast is None else fast(self.form, x, g, aux, read_states)
         if result is not None:
             return result
+        chosen = dict(self.kernels)
 
         def read(leaf: RowsOf | StateOf) -> Tensor:
             if isinstance(leaf, StateOf):
                 return states[self.states.index(leaf.key)]
-            return self.form.rows_a(x, *aux) if leaf.side.startswith("a") else self.form.rows_g(g)
+            return self.form.rows_a(x, *aux) if leaf.side[0] == "a" else self.form.used_rows_g(x, g)
 
-        return evaluate(expression, read, lambda op, operands: OPS[op].reference(*operands))
+        return evaluate(expression, read, lambda op, operands: (chosen.get(op) or OPS[op].reference)(*operands))
 
 
 def pattern(expression: Call | RowsOf | StateOf) -> str:

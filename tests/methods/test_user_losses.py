@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxcurv import losses
 from fxcurv.errors import FxcurvError
 from tests.methods.nets import Attention, mlp
-from tests.methods.oracle import corrected, ggn, step
+from tests.methods.oracle import accumulate, corrected, ggn, step, transform
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:fisher='ggn' runs")]
 
@@ -123,8 +123,6 @@ def test_ignored_terms_leave_no_trace() -> None:
 def test_ekfac_of_a_masked_loss_has_the_right_trace() -> None:
     net, x = mlp(3, 4, 3), torch.randn(5, 3)
     user, arguments = FLAT["mse masked"][1:]
-    from tests.methods.oracle import accumulate, transform
-
     model = transform(net, "ekfac", x, loss="mse", fisher="ggn")
     accumulate(model, [(x, user, dict(arguments))])
     model.due(refresh=False)

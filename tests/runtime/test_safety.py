@@ -83,7 +83,7 @@ def test_whole_optimizers_refuse_precondition():
         ({"method": "kfca"}, "did you mean kfac"),
         ({"dampin": 1.0}, "no hyper-parameter 'dampin'.*damping"),
         ({"frontend": "magic"}, "front-end 'magic'"),
-        ({"backend": "magic"}, "backend='magic'"),
+        ({"backend": "magic"}, "no backend .magic."),
         ({"loss": "crossentropy"}, "cross_entropy"),
         ({"fisher": "exact"}, "fisher='exact'.*ggn"),
         ({"damping": -1.0}, "damping=-1.0 must not be negative"),

@@ -1,0 +1,108 @@
+"""Reductions that need no rows: the same statistics straight from a layer's input and output gradient.
+
+Rows are the definition; for some forms building them costs more than the statistic. Patches of a convolution are laid
+out as columns of each image and multiplied in place, one-hot rows of an embedding are read as indices, and a count looks
+at shapes only. Each entry is exact and declines (returns ``None``) where it does not apply.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxcurv.layers.conv import ConvForm
+from fxcurv.layers.embedding import EmbeddingForm
+from fxcurv.layers.form import Form
+from fxcurv.layers.tap import reduction
+
+Aux = tuple[Tensor, ...]
+
+
+@reduction("count(a)")
+def count_rows(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
+    """Number of rows, from the shape of the output gradient's rows."""
+    if isinstance(form, EmbeddingForm):
+        return form.valid(x).sum().to(g.dtype)
+    rows = form.rows_g(g)
+    return torch.full((), float(rows.shape[0] * rows.shape[1]), dtype=g.dtype, device=g.device)
+
+
+@reduction("gram(a)")
+def gram_of_patches(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
+    """Patch Gram of a 2-d convolution without groups: patches as columns (C K, positions) of each image, no transpose."""
+    if not isinstance(form, ConvForm) or form.groups != 1 or len(form.kernel) != 2 or form.scale != 1.0:
+        return None
+    columns = form.columns(x)
+    gram = _sum_of_products(columns)
+    if not form.bias:
+        return gram
+    sums, count = columns.sum((0, 2)), columns.shape[0] * columns.shape[2]
+    full = gram.new_empty(form.d_in, form.d_in)
+    full[:-1, :-1] = gram
+    full[:-1, -1] = full[-1, :-1] = sums
+    full[-1, -1] = count
+    return full
+
+
+@reduction("gram(g)")
+def gram_of_positions(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
+    """Output-gradient Gram of a convolution without groups, straight from (b, C, positions)."""
+    if not isinstance(form, ConvForm) or form.groups != 1:
+        return None
+    return _sum_of_products(form.batched(g).flatten(2))
+
+
+@reduction("diag_gram(a)")
+def token_counts(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
+    """Diagonal of an embedding's input Gram: how often each index occurs."""
+    return form.input_counts(x, g.dtype) if isinstance(form, EmbeddingForm) else None
+
+
+@reduction("grad_square(a, g)")
+def token_squares(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
+    """Squared per-example gradients of an embedding, Mat[embedding_dim, num_embeddings]."""
+    return _token_squares(form, x, form.rows_g(g)) if _by_index(form) else None
+
+
+@reduction("second_moment(a, g, $, $)")
+def token_moments(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
+    """The same with the output gradient turned into the basis of G; a one-hot input's basis is the identity."""
+    if not _by_index(form) or states[0].ndim != 1:
+        return None
+    basis_a, basis_g = states
+    rows = form.rows_g(g)
+    rows = rows * basis_g if basis_g.ndim == 1 else rows @ basis_g
+    return _token_squares(form, x, rows) * basis_a.square()
+
+
+def _by_index(form: Form) -> bool:
+    # Finding the tokens of each example gives tensors of unknown size, which a compiled graph cannot hold.
+    return isinstance(form, EmbeddingForm) and not torch.compiler.is_compiling()
+
+
+def _token_squares(form: Form, x: Tensor, rows: Tensor) -> Tensor:
+    """Sum over examples of (sum of ``rows`` over the places where a token occurs in the example)^2, by token."""
+    assert isinstance(form, EmbeddingForm)
+    keep = form.valid(x)
+    examples = torch.arange(keep.shape[0], device=x.device).unsqueeze(1).expand_as(keep)
+    pairs = (examples * form.d_in + x.reshape(keep.shape))[keep]
+    found, place = torch.unique(pairs, return_inverse=True)
+    sums = rows.new_zeros(len(found), form.d_out).index_add_(0, place, rows.squeeze(2)[keep] * form.scale)
+    table = rows.new_zeros(form.d_in, form.d_out).index_add_(0, found % form.d_in, sums.square())
+    return table.t().contiguous()
+
+
+def _sum_of_products(columns: Tensor) -> Tensor:
+    """sum_b C_b C_b^T for (b, d, positions), in batches whose results stay small."""
+    b, d, _ = columns.shape
+    step = max(1, min(b, (1 << 20) // max(1, d * d)))
+    if torch.compiler.is_compiling() or step == b:
+        return torch.bmm(columns, columns.mT).sum(0)
+    total = columns.new_zeros(d, d)
+    for part in columns.split(step):
+        if step == 1:
+            total.addmm_(part[0], part[0].mT)
+        else:
+            total += torch.bmm(part, part.mT).sum(0)
+    return total
