@@ -162,10 +162,13 @@ def _dense(
     model = copy.deepcopy(file.model).double().eval()
     twin = replace(file, model=model, example_inputs=None, loss=loss)
     try:
-        columns = _columns(loss, model, inputs, targets)
-        if len(columns) > COLUMNS:
-            yield Check("dense blocks", "skipped", f"{len(columns)} output columns, more than {COLUMNS}")
+        with torch.no_grad():
+            outputs = call_model(model, inputs)
+        count = loss.column_count(outputs) * outputs.shape[0]
+        if count > COLUMNS:
+            yield Check("dense blocks", "skipped", f"{count} outputs for {EXAMPLES} examples, more than {COLUMNS}")
             return
+        columns = _columns(loss, outputs, targets)
         module = build(twin, method, {**hyper, **exact}, proofs=(), **options)
         module.eval()
         for refresh in (True, False):  # what is measured in a basis, as EKFAC does, needs the basis first
@@ -197,10 +200,8 @@ def _small(value: Any) -> Any:
     return value.double() if value.is_floating_point() else value
 
 
-def _columns(loss: Loss, model: nn.Module, inputs: Any, targets: Any) -> list[Tensor]:
+def _columns(loss: Loss, outputs: Tensor, targets: Any) -> list[Tensor]:
     """An exact square root of the loss's Hessian in the outputs, a row of the batch at a time."""
-    with torch.no_grad():
-        outputs = call_model(model, inputs)
     columns = []
     for column in loss.columns(outputs, targets):
         for row in range(outputs.shape[0]):

@@ -30,8 +30,8 @@ def run(number: Number = None, json: Json = False) -> None:
             render.print_json(dataclasses.asdict(chosen))
             return
         render.heading(f"{chosen.number}. {chosen.title}")
-        render.line(f"{chosen.authors} {chosen.year}".strip())
-        for field in ("status", "becomes", "sheet", "implements", "uses", "tests"):
+        render.line(f"{chosen.author}, {chosen.year}")
+        for field in ("status", "becomes", "sheet", "implements", "uses", "tests", "note"):
             value = getattr(chosen, field)
             if value:
                 render.line(f"{field}: {', '.join(value) if isinstance(value, tuple) else value}")

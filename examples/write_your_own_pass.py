@@ -13,7 +13,7 @@ memory. Rules are text in the printer's own syntax; what they need is an op to r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from sklearn.datasets import load_digits
@@ -29,6 +29,7 @@ from fxcurv.ir.rules import Bindings, Rule, apply_rules
 from fxcurv.ir.types import Type
 from fxcurv.passes import PASSES, PIPELINE, parse_pipeline
 from fxcurv.passes.manager import Compilation, Pass
+from fxcurv.runtime import CurvatureModule
 
 
 # 1. What to rewrite to: one op instead of two. It gives the type that the two together give, or the verifier objects.
@@ -38,7 +39,7 @@ def _moving_square(old: Tensor, x: Tensor, beta: Tensor) -> Tensor:
     return torch.addcmul(old * beta, x, x * (1.0 - beta))
 
 
-def _infer(old: Type, x: Type, beta: Type) -> Type:
+def _infer(old: Type, x: Type, beta: Type) -> Type | tuple[Type, ...]:
     return OPS["moving"].infer(old, OPS["square"].infer(x), beta)
 
 
@@ -93,7 +94,7 @@ def pipeline(step: str) -> tuple[Pass, ...]:
     return parse_pipeline(",".join(names), TABLE)
 
 
-def train(passes: tuple[Pass, ...], steps: int = 20, **options: int | str) -> tuple[fxcurv.CurvatureModule, list[float]]:
+def train(passes: tuple[Pass, ...], steps: int = 20, **options: Any) -> tuple[CurvatureModule, list[float]]:
     """A small net trained with Adam on all digits; options go to ``transform``. Returns it and its losses."""
     torch.manual_seed(0)
     data = load_digits()
@@ -121,8 +122,8 @@ def main() -> dict[str, int]:
         fused[step] = record.rewrites
         assert record.rewrites == model.program.text().count("= moving_square(")
         assert all(abs(a - b) < 1e-4 for a, b in zip(losses, expected, strict=True))
-        moved = (program_cost(p)[STEP].bytes / 1e3 for p in (plain.program, model.program))
-        print(f"{step}: {record.rewrites} rewrites,", "{:.1f} kB a step instead of {:.1f}".format(*reversed([*moved])))
+        before, after = (program_cost(p)[STEP].bytes / 1e3 for p in (plain.program, model.program))
+        print(f"{step}: {record.rewrites} rewrites, {after:.1f} kB a step instead of {before:.1f}")
     assert list(fused.values()) == [4, 2, 0]  # two weights and two biases; the weights alone; nothing
 
     model, _ = train(pipeline("fuse_square"), fuel=3)

@@ -22,21 +22,22 @@ STATUSES = ("working", "partial", "planned")
 class Paper:
     """One paper.
 
-    status: "working", "partial" or "planned". sheet: where its equations are written down. becomes: the part of the
-    package it turned into. implements: names of methods, ops or passes that are this paper; uses: names it builds on;
-    tests: test files that show it.
+    status: "working", "partial" or "planned". author: the first one. sheet: where its equations are written down.
+    becomes: the part of the package it turns into. implements: methods, or importable names, that are this paper; uses:
+    what of it the code relies on; tests: "file::function" that show it. note: what is missing, "" when working.
     """
 
     number: int
     title: str
     status: str
-    authors: str = ""
-    year: str = ""
+    author: str = ""
+    year: int = 0
     sheet: str = ""
     becomes: str = ""
     implements: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
     tests: tuple[str, ...] = ()
+    note: str = ""
 
 
 def load_papers(path: Path = PATH) -> tuple[Paper, ...]:
@@ -70,4 +71,4 @@ def _paper(path: Path, entry: dict[str, Any]) -> Paper:
         known = ", ".join(STATUSES)
         raise FxcurvError(f"'{path}': paper {entry['number']} has status '{entry['status']}'; there are {known}.")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
-    return Paper(**{**values, "year": str(values.get("year", ""))})
+    return Paper(**values)

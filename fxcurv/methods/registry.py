@@ -42,7 +42,7 @@ class Published:
     @property
     def summary(self) -> str:
         """First line of the documentation."""
-        return (self.compose.__doc__ or "").strip().splitlines()[0]
+        return next(iter(self.doc.strip().splitlines()), "")
 
     @property
     def doc(self) -> str:
@@ -60,7 +60,7 @@ class Published:
         return replace(
             method,
             name=self.name,
-            hyper=numbers,
+            hyper={**method.hyper, **numbers},
             every=Every(o.factor_every, o.solve_every),
             rule=Rule(method.rule.kind, o.momentum, o.weight_decay, method.rule.options),
             max_factor_dim=o.max_factor_dim,
@@ -70,7 +70,11 @@ class Published:
 
 
 def published(name: str, papers: tuple[int, ...] = (), **defaults: Any) -> Callable[[Composer], Published]:
-    """Register a composition of parts under ``name``; ``defaults`` are its hyper-parameters beside the common ones."""
+    """Register a composition of parts under ``name``; ``defaults`` are its hyper-parameters beside the common ones.
+
+    Those of RUN_TIME are read by the program as it runs. Any other number that ops should read so, ``hyper(b, facts,
+    "floor")``, the composition puts into its Method: ``Method(hyper={"floor": o.floor}, ...)``.
+    """
 
     def add(compose: Composer) -> Published:
         if name in PUBLISHED:
@@ -86,7 +90,8 @@ def get_method(method: str | Method, **hyper: Any) -> Method:
     if isinstance(method, Method):
         unknown = sorted(set(hyper) - set(method.hyper))
         if unknown:
-            raise FxcurvError(f"the given Method has no run-time number '{unknown[0]}'; it has {', '.join(method.hyper)}.")
+            known = ", ".join(method.hyper)
+            raise FxcurvError(f"the given Method has no run-time number '{unknown[0]}'; it has {known}.")
         return replace(method, hyper={**method.hyper, **{name: float(value) for name, value in hyper.items()}})
     if method not in PUBLISHED:
         near = difflib.get_close_matches(method, PUBLISHED, n=3, cutoff=0.4)

@@ -78,8 +78,11 @@ class CurvatureModule(nn.Module):
         self.__dict__["_batch"] = next((int(x.shape[0]) for x in leaves if x.ndim), None)
 
     def _drop_abandoned(self) -> None:
-        """Forget statistics whose gradients somebody has zeroed: their step was abandoned."""
-        if self._engine.statistics.arrived:
+        """Forget statistics whose gradients somebody has zeroed: their step was abandoned.
+
+        Not within a backward pass: that is a checkpoint recomputing the forward, before gradients have arrived.
+        """
+        if self._engine.statistics.arrived and torch._C._current_graph_task_id() == -1:
             grads = [p.grad for p in self._engine.parameters().values() if p.grad is not None]
             if not any(bool(grad.any()) for grad in grads):
                 self._engine.discard()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,11 @@ def html_page(module: CurvatureModule, report: dict[str, Any]) -> str:
 
 
 def changes(texts: list[tuple[str, str]], passes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For every pass what it did to the program text: its lines of a unified diff, each with its first character."""
+    """For every pass what it did to the program text: a unified diff as runs of lines with their first character."""
     found, before = [], ""
     for (name, text), entry in zip(texts, passes, strict=True):
-        lines = diff_lines(before, text, name)
-        found.append({**entry, "diff": [(line[:1].strip() or "same", line) for line in lines]})
+        runs = groupby(diff_lines(before, text, name), key=lambda line: line[:1])
+        found.append({**entry, "diff": [(mark, "\n".join(lines)) for mark, lines in runs]})
         before = text or before
     return found
 

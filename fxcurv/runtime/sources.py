@@ -51,10 +51,16 @@ def columns(
 def run_columns(statistics: Statistics, outputs: Tensor, found: Iterator[Tensor]) -> None:
     """Back-propagate columns into the slots and collect; no weight gradient is computed.
 
-    Raises :class:`FxcurvError` when the graph contains reentrant checkpointing.
+    Raises :class:`FxcurvError` when no forward pass has made slots, or the graph contains reentrant checkpointing.
     """
     for index, column in enumerate(found):
         slots = statistics.targets(first=index == 0)
+        if not slots:
+            raise FxcurvError(
+                "no statistics can be delivered, because the outputs do not come from a recorded forward pass of the "
+                "transformed model in this step; run it with gradients enabled, and under activation checkpointing "
+                "with use_reentrant=False."
+            )
         try:
             torch.autograd.backward([outputs], [column], inputs=slots, retain_graph=True)
         except RuntimeError as error:

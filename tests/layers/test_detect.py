@@ -104,6 +104,11 @@ UNCOVERED = {
     "sliced": (lambda m, x: x @ m.p[:, :2], {"p": (3, 4)}, "p", "sliced"),
     "chunked": (lambda m, x: x @ m.p.chunk(2, 1)[0], {"p": (3, 4)}, "p", "sliced"),
     "product of two": (lambda m, x: x @ (m.q @ m.p), {"q": (3, 2), "p": (2, 4)}, "p", "another parameter"),
+    "linear of two": (lambda m, x: x @ F.linear(m.q, m.p).t(), {"q": (2, 3), "p": (3, 3)}, "p", "another parameter"),
+    "bmm of two repeated": (
+        lambda m, x: torch.bmm(m.q.expand(x.shape[0], -1, -1), m.p.expand(x.shape[0], -1, -1)) + x.mean(),
+        {"q": (1, 2, 3), "p": (1, 3, 4)}, "p", "another parameter",
+    ),
     "normalised": (lambda m, x: x @ F.normalize(m.p), {"p": (3, 4)}, "p", "normalize"),
     "unused": (lambda m, x: x @ m.q, {"q": (3, 4), "p": (3,)}, "p", "never used"),
     "detached": (lambda m, x: x @ m.q + m.p.detach(), {"q": (3, 4), "p": (4,)}, "p", "no gradient"),

@@ -85,7 +85,7 @@ def test_names_exist(paper: Paper) -> None:
 
 @pytest.mark.parametrize("method", sorted(PUBLISHED))
 def test_methods_and_papers_agree(method: str) -> None:
-    """The numbers a method gives itself are those of the papers that name it."""
+    """A method that gives itself a number is named by that paper."""
     by_number = {paper.number: paper for paper in PAPERS}
     for number in PUBLISHED[method].papers:
         assert method in by_number[number].implements, f"paper {number} does not name '{method}'"
