@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import fxcurv
@@ -29,10 +34,27 @@ def split_hyper(file: ModelFile, method: str, given: dict[str, Any]) -> tuple[di
 def build(file: ModelFile, method: str, hyper: dict[str, Any], **options: Any) -> CurvatureModule:
     """``fxcurv.transform`` on the model of a file; a fault in the user's forward is one sentence too."""
     chosen, _ = split_hyper(file, method, hyper)
-    with file.running():
+    with file.running(), hushed():
         return fxcurv.transform(
             file.model, method, example_inputs=file.example_inputs, loss=file.loss, **options, **chosen
         )
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Hold standard error back, and drop it when an :class:`FxcurvError` says what matters: torch prints graphs."""
+    log, held = logging.getLogger("torch"), io.StringIO()
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stderr(held):
+            yield
+    except FxcurvError:
+        held.truncate(0)
+        raise
+    finally:
+        log.setLevel(level)
+        sys.stderr.write(held.getvalue())
 
 
 def first_batch(file: ModelFile) -> tuple[Any, Any] | None:

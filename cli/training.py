@@ -54,7 +54,7 @@ class Training:
             start = time.perf_counter()
             value = self._step(inputs, targets)
             self.seconds += time.perf_counter() - start
-            self.smooth = value if not self.losses else SMOOTH * self.smooth + (1 - SMOOTH) * value
+            self.smooth = value if not self.step else SMOOTH * self.smooth + (1 - SMOOTH) * value
             self.losses.append(value)
             self.step += 1
             self.position += 1
@@ -110,7 +110,7 @@ class Training:
         evaluate = self.file.function("evaluate")
         scores = {}
         if evaluate is not None:
-            with self.file.running():
+            with self.file.running(), torch.no_grad():
                 scores = {name: float(score) for name, score in evaluate(self.model).items()}
         return {
             "steps": self.step,

@@ -122,11 +122,11 @@ def literal(name: str, text: str) -> Any:
 @contextmanager
 def reported(debug: bool) -> Iterator[None]:
     """Print errors and fxcurv's warnings as one line each; with ``debug`` the traceback too."""
-    plain = warnings.showwarning
+    plain, stream = warnings.showwarning, sys.stderr  # a verb may hold back what others print there
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
         if issubclass(category, FxcurvWarning):
-            typer.echo(f"warning: {message}", err=True)
+            typer.echo(f"warning: {message}", file=stream)
         else:
             plain(message, category, *rest, **more)
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import ClassVar
 
+from fxcurv.capture import propagate
 from fxcurv.errors import FxcurvError
 from fxcurv.layers.detect import detect
-from fxcurv.layers.layer import Layer
+from fxcurv.layers.layer import Detection, Layer, Uncovered
 from fxcurv.passes.manager import Compilation, Pass
 
 
@@ -21,9 +22,25 @@ class Detect(Pass):
 
     def run(self, c: Compilation) -> int:
         assert c.captured is not None and c.model is not None
-        c.detection = detect(c.captured, c.model)
+        c.detection = _whole(detect(c.captured, c.model))
+        call = c.options.get("call")
+        if c.detection.uncovered and call is not None and call.real:
+            propagate(c.captured, c.model, call.leaves)  # a product with a weight of three axes needs shapes
+            c.detection = _whole(detect(c.captured, c.model))
         c.layers = select(c.detection.layers, c.options.get("layers"), c.options.get("skip"))
         return len(c.layers)
+
+
+def _whole(detection: Detection) -> Detection:
+    """Without layers whose weight is frozen: a bias alone keeps its gradient."""
+    bare = [layer for layer in detection.layers if layer.weight is None]
+    lost = tuple(
+        Uncovered(name, f"It is the shift of '{layer.name}', whose scale is missing or frozen.", (layer.uses[0].y.name,))
+        for layer in bare
+        for name in layer.params
+    )
+    kept = tuple(layer for layer in detection.layers if layer.weight is not None)
+    return Detection(kept, (*detection.uncovered, *lost))
 
 
 def select(

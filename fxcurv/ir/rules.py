@@ -122,12 +122,6 @@ def _variables(pattern: Any) -> set[str]:
     return set()
 
 
-def _depth(pattern: Any) -> int:
-    """How many reads lie between the root of a match and its deepest value."""
-    operands = pattern.operands if isinstance(pattern, Pattern) else pattern if isinstance(pattern, list) else ()
-    return isinstance(pattern, Pattern) + max(map(_depth, operands), default=0)
-
-
 def matches(pattern: Any, value: Any, bindings: Bindings, every: str) -> bool:
     """Whether ``value`` has the form of ``pattern`` at the cadence ``every``; fills ``bindings``."""
     if isinstance(pattern, Variable):
@@ -167,7 +161,7 @@ def apply_rules(program: Program, rules: Iterable[Rule], spend: Callable[[], boo
     by_target: dict[Any, list[Rule]] = {}
     for rule in rules:
         by_target.setdefault(rule.source.target, []).append(rule)
-    depth = max((_depth(rule.source) for group in by_target.values() for rule in group), default=0)
+    # Operands come before readers, so that whatever a node may match has settled when its turn comes.
     pending = [node for node in program.nodes if node.target in by_target][::-1]
     limit = 100 + 10 * len(program)
     gone: set[fx.Node] = set()
@@ -186,10 +180,10 @@ def apply_rules(program: Program, rules: Iterable[Rule], spend: Callable[[], boo
                 raise FxcurvError(f"rule '{rule.name}' and others undo one another: {limit} rewrites did not end.")
             if not spend():
                 return rewrites
-            new = _replace(program, rule, bindings, node)
+            made = _replace(program, rule, bindings, node)
             rewrites += 1
             _erase_unused(program, node, gone)
-            pending += [*reversed(_readers(new, depth)), new]
+            pending += reversed(made)
             break
     return rewrites
 
@@ -212,8 +206,8 @@ def _yielded(node: fx.Node) -> bool:
     return any(user.op == "output" for user in node.users)
 
 
-def _replace(program: Program, rule: Rule, bindings: Bindings, node: fx.Node) -> fx.Node:
-    """Build the replacement before ``node`` and let everybody read it."""
+def _replace(program: Program, rule: Rule, bindings: Bindings, node: fx.Node) -> list[fx.Node]:
+    """Build the replacement before ``node`` and let everybody read it; returns the new nodes, operands first."""
     made: list[fx.Node] = []
 
     def build(pattern: Any) -> Any:
@@ -241,7 +235,7 @@ def _replace(program: Program, rule: Rule, bindings: Bindings, node: fx.Node) ->
     if not made and new.op == "call_function":  # the owner's flags watch the value that remains
         new.meta["owner"] = tuple(dict.fromkeys((*new.meta["owner"], *node.meta["owner"])))
     node.replace_all_uses_with(new)
-    return new
+    return made
 
 
 def _erase_unused(program: Program, node: fx.Node, gone: set[fx.Node]) -> None:
@@ -254,13 +248,3 @@ def _erase_unused(program: Program, node: fx.Node, gone: set[fx.Node]) -> None:
         stack += candidate.all_input_nodes
         program.graph.erase_node(candidate)
         gone.add(candidate)
-
-
-def _readers(node: fx.Node, depth: int) -> list[fx.Node]:
-    """Nodes that read ``node`` directly or through at most ``depth`` others: they may match now."""
-    found: dict[fx.Node, None] = {}
-    frontier = [node]
-    for _ in range(depth):
-        frontier = [user for reader in frontier for user in reader.users if user.op != "output" and user not in found]
-        found.update(dict.fromkeys(frontier))
-    return list(found)

@@ -44,7 +44,7 @@ class Target:
 
     def rows(self, b: Builder, side: str) -> fx.Node:
         """Rows of one side as a statistic input: "a", "g", or "a2", "g2" of the swapped uses."""
-        wide = self.d_in if side in ("a", "g2") else self.d_out
+        wide = {"a": self.d_in, "g2": self.d_in - self.homogeneous}.get(side, self.d_out)
         owner = self.input if side == "a" else self.name
         return b.input("stat", f"{owner}.{side}", Rows((None, None, self.groups, wide), self.dtype))
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import runpy
-import time
+import shutil
+import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from fxcurv.errors import FxcurvError
 from fxcurv.ir.program import STEP
 from fxcurv.losses import BCE, CrossEntropy
 from fxcurv.passes.validate import random_inputs
-from fxcurv.runtime.artifact import read_report
+from fxcurv.runtime.artifact import _digest, read_report
 from fxcurv.runtime.describe import pack_loss, reachable, unpack_loss
 
 X = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
@@ -177,39 +180,63 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     assert read_report(folder)["program"]["slices"] == [["statistics"], ["refresh", "statistics"]]
 
 
-def write_forever(target: Path, ready: Any) -> None:
-    torch.manual_seed(0)
-    layers = [nn.Linear(6, 6) for _ in range(12)]
-    model = fxcurv.transform(nn.Sequential(*layers), "kfac", loss="cross_entropy")
+def save_until_killed(model: fxcurv.CurvatureModule, target: Path, moment: int) -> None:
+    """Save, and be killed at the given operation on the file system; a file is then half written."""
+    count = 0
+
+    def killed(owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def operation(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            if count == moment:
+                if name == "write_text":
+                    plain(arguments[0], arguments[1][: len(arguments[1]) // 2], **options)
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+            return plain(*arguments, **options)
+
+        setattr(owner, name, operation)
+
+    for name in ("write_text", "mkdir", "rename"):
+        killed(Path, name)
+    killed(tempfile, "mkdtemp")
+    killed(shutil, "rmtree")
     fxcurv.save(model, target)
-    ready.set()
-    while True:
-        fxcurv.save(model, target)
+    os._exit(0)
 
 
-def test_killed_at_any_moment_there_is_a_whole_folder_or_none(tmp_path: Path) -> None:
-    """A process that does nothing but write one artifact over and over is killed at many moments."""
+@pytest.mark.parametrize("older", [False, True])
+def test_killed_at_any_moment_there_is_a_whole_folder_or_none(older: bool, tmp_path: Path) -> None:
     target = tmp_path / "art"
+    model, other = (fxcurv.transform(net(), name, loss="cross_entropy") for name in ("foof", "sgd"))
     processes = multiprocessing.get_context("fork")
-    leftovers = 0
-    for delay in (0.0, 0.01, 0.02, 0.03, 0.045, 0.06, 0.075, 0.09, 0.12):
-        ready = processes.Event()
-        writer = processes.Process(target=write_forever, args=(target, ready))
+    seen = set()
+    for moment in range(100):
+        if older and not target.exists():
+            fxcurv.save(other, target)
+        writer = processes.Process(target=save_until_killed, args=(model, target, moment))
         writer.start()
-        assert ready.wait(60)
-        time.sleep(delay)
-        writer.kill()
         writer.join()
+        assert writer.exitcode in (0, -signal.SIGKILL)
+        leftovers = [path for path in tmp_path.iterdir() if path != target]
+        for path in leftovers:
+            with pytest.raises(FxcurvError, match="is not an fxcurv artifact"):
+                fxcurv.load(path, net())
         if target.exists():
             report = read_report(target)
-            assert all((target / name).is_file() for name in report["files"])
-        for other in tmp_path.iterdir():
-            if other != target:
-                leftovers += 1
-                with pytest.raises(FxcurvError, match="is not an fxcurv artifact"):
-                    fxcurv.load(other, net())
-    assert leftovers  # or no kill hit a write, and nothing was tested
-    fxcurv.save(fxcurv.transform(net(), "kfac", loss="cross_entropy"), target, force=True)
+            assert all(_digest((target / name).read_bytes()) == digest for name, digest in report["files"].items())
+            seen.add(report["method"]["name"])
+        elif older:  # killed between the two renames: the old one is beside it
+            assert read_report(next(leftover / "old" for leftover in leftovers))["method"]["name"] == "sgd"
+        else:
+            seen.add("nothing")
+        if writer.exitcode == 0:
+            break
+        if target.exists() and report["method"]["name"] == "foof":
+            shutil.rmtree(target)
+    assert writer.exitcode == 0 and moment > 10
+    assert seen == ({"sgd", "foof"} if older else {"nothing", "foof"})
     assert [path.name for path in tmp_path.iterdir()] == ["art"]  # leftovers of the dead are swept
 
 

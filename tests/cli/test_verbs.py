@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -131,14 +132,15 @@ def test_check_fails_with_exit_code_1(model_file: Path, invoke: Invoke, invoke_j
     failed = {row["check"]: row["detail"] for row in found["checks"] if row["status"] == "fail"}
     assert list(failed) == ["coverage"] and "'gain'" in failed["coverage"]
     model_file.write_text(model_file.read_text().replace("torch.tanh(self", "torch.log(self"))
-    assert "step      fail" in invoke("check", model_file, code=1).stdout
+    assert re.search(r"^step +fail", invoke("check", model_file, code=1).stdout, re.MULTILINE)
 
 
 def test_opt_prints_a_program_that_parses_back(model_file: Path, tmp_path: Path, invoke: Invoke) -> None:
     start = tmp_path / "build.fxc"
     start.write_text(invoke("inspect", model_file, "--after", "build").stdout)
     assert invoke("opt", start).stdout.splitlines()[1:] == start.read_text().splitlines()[1:]
-    done = invoke("opt", start, "-p", "sink,share{states=False},simplify", "--time", "--numeric", "-o", tmp_path / "x.fxc")
+    passes = "sink,share{states=False},simplify"
+    done = invoke("opt", start, "-p", passes, "--time", "--numeric", "-o", tmp_path / "x.fxc")
     assert done.stdout == "" and done.stderr.startswith("sink: ") and done.stderr.count(" rewrites in ") == 3
     assert "stat['gram(first.a)']" in invoke("opt", tmp_path / "x.fxc").stdout
     assert "stat['gram(first.a)']" not in invoke("opt", start, "-p", "sink", "--fuel", 0).stdout
@@ -174,15 +176,18 @@ def test_what_exists_is_callable_from_python() -> None:
 
 def test_papers_are_read_and_checked(tmp_path: Path) -> None:
     path = tmp_path / "papers.toml"
-    path.write_text('[[paper]]\nnumber = 2\ntitle = "B"\nstatus = "planned"\n'
-                    '[[paper]]\nnumber = 1\ntitle = "A"\nyear = 2015\nstatus = "working"\nimplements = ["kfac"]\n')  # fmt: skip
+    path.write_text(
+        '[[paper]]\nnumber = 2\ntitle = "B"\nstatus = "planned"\n'
+        '[[paper]]\nnumber = 1\ntitle = "A"\nyear = 2015\nstatus = "working"\nimplements = ["kfac"]\n'
+    )
     first, second = load_papers(path)
-    assert (first.number, first.year, first.implements, second.title) == (1, "2015", ("kfac",), "B")
+    assert (first.number, first.year, first.implements, second.title) == (1, 2015, ("kfac",), "B")
     for wrong, message in (
         ("number = 1\ntitle = 'A'\nstatus = 'done'", "status 'done'"),
         ("number = 1\ntitle = 'A'", "no 'status'"),
         ("number = 1\ntitle = 'A'\nstatus = 'working'\nstars = 5", "unknown field 'stars'"),
-        ("number = 1\ntitle = 'A'\nstatus = 'working'\n[[paper]]\nnumber = 1\ntitle = 'B'\nstatus = 'working'", "twice"),
+        ("number = 1\ntitle = 'A'\nstatus = 'working'\n" * 2, "is not TOML"),
+        ("\n[[paper]]\n".join(["number = 1\ntitle = 'A'\nstatus = 'working'"] * 2), "twice"),
         ("number = ", "is not TOML"),
     ):
         path.write_text(f"[[paper]]\n{wrong}\n")

@@ -1,4 +1,4 @@
-"""The four lessons run and prove what they say, each in a process of its own: what one registers stays out of the tests."""
+"""The four lessons run and prove what they say, each in a process of its own: what one registers stays there."""
 
 from __future__ import annotations
 

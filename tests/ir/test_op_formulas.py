@@ -207,6 +207,7 @@ ORACLES: dict[str, Any] = {
     "matricize": oracle_matricize,
     "tensorize": oracle_tensorize,
     "append_column": lambda M, v: np.concatenate([M, v.reshape(M.shape[:-1])[..., None]], -1),
+    "border": lambda A: np.pad(A, [(0, 0)] * (A.ndim - 2) + [(0, 1)] * min(A.ndim, 2)),
     "weight_columns": lambda M: np.delete(M, -1, axis=-1),
     "last_column": lambda M: np.take(M, -1, axis=-1).ravel(),
     "dot": lambda x, y: sum(float(p) * float(q) for p, q in zip(x.flat, y.flat, strict=True)),

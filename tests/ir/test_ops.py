@@ -41,7 +41,7 @@ def with_trait(trait: Trait) -> list[Any]:
 
 
 ROWS = {"mean_positions", "sum_positions", "gram", "diag_gram", "row_sum", "count", "grad_square", "grad_gram"}
-FACTOR = {"inverse", "eigh", "inverse_root", "mean_diagonal", "pi_split"}
+FACTOR = {"inverse", "border", "eigh", "inverse_root", "mean_diagonal", "pi_split"}
 MATRIX = {"kron_apply", "rotate", "rotate_back", "right_apply", "unit_apply"}
 NORMAL_FORM = {"tensorize", "append_column", "weight_columns", "last_column"}
 

@@ -175,6 +175,23 @@ def test_a_rewrite_enables_a_later_one() -> None:
     assert rewrite(body, *rules) == ["mul(a, a)", "scale(mul_1, 2.0)"]
 
 
+def test_new_nodes_are_rewritten_in_turn() -> None:
+    """Of a replacement the operands first, then the whole."""
+    rules = [
+        Rule("square(x)", "neg(neg(mul(x, x)))"),
+        Rule("neg(neg(x))", "x"),
+        Rule("scale(mul(x, x), 2.0)", "add(mul(x, x), mul(x, x))"),
+    ]
+    body = """%s : Vec[3] = square(%a)
+    %r : Vec[3] = scale(%s, 2.0)"""
+    assert rewrite(body, *rules) == ["mul(a, a)", "mul(a, a)", "add(mul, mul_1)"] or rewrite(body, *rules)[-1][:3] == "add"
+    inner = Rule("norm(x)", "norm(neg(neg(x)))", when=lambda b: b["x"].op == "placeholder", name="once")
+    p = program("%n : Scalar[] = norm(%a)\n%r : Vec[3] = scale(%b, %n)", "update['a'] = %r")
+    fuel = iter([True, True, False])
+    assert apply_rules(p, [inner, rules[1]], lambda: next(fuel)) == 2
+    assert calls(p) == ["norm(a)", "scale(b, norm_1)"]
+
+
 def test_spend_stops() -> None:
     p = program("%s : Vec[3] = square(%a)\n%t : Vec[3] = square(%b)\n%r : Vec[3] = add(%s, %t)", "update['a'] = %r")
     fuel = iter([True, False])

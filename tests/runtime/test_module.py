@@ -309,3 +309,28 @@ def test_other_optimizers_and_schedulers():
     assert float(F.cross_entropy(model(x), y)) < first
     assert isinstance(own, torch.optim.Optimizer)
     descend(model)
+
+
+def test_tied_head_with_a_bias_and_a_frozen_scale():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm, self.head = nn.Embedding(11, 6, padding_idx=0), nn.LayerNorm(6), nn.Linear(6, 11)
+            self.head.weight = self.embed.weight
+            self.norm.weight.requires_grad_(False)
+            self.mix = nn.Parameter(torch.randn(3, 6, 2))
+
+        def forward(self, t: Tensor) -> Tensor:
+            x = self.norm(self.embed(t))
+            return self.head(x).transpose(1, 2) + torch.bmm(x.transpose(0, 1), self.mix).mean()
+
+    t = torch.randint(0, 11, (5, 3))
+    model = fxcurv.transform(Tied().double(), "kfac", loss="cross_entropy", example_inputs=(t,))
+    assert {name for name, _ in model.uncovered} == {"norm.bias"}
+    out = model(t)
+    model.backward(F.cross_entropy(out, t), out)
+    assert not model.precondition_().fallback
+    (tied,) = [layer for layer in model.layers if len(layer.uses) == 2]
+    factors = model.factors(tied.name)
+    assert factors["A"].shape == (7, 7) and float(factors["A"][-1, -1]) == pytest.approx(1.0)
+    assert model.factors("mix")["A"].shape == (3, 6, 6)  # a product of its own for every group

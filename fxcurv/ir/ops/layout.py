@@ -17,7 +17,7 @@ from fxcurv.ir import types
 from fxcurv.ir.op import Op, Trait
 from fxcurv.ir.ops.draws import Draw
 from fxcurv.ir.ops.rules import align, need, promote, times
-from fxcurv.ir.types import Mat, Type
+from fxcurv.ir.types import Diag, Mat, Psd, Type
 
 LINEAR = frozenset({Trait.LINEAR})
 
@@ -166,3 +166,29 @@ last_column = Op(
     lambda: ((M,) for M, _ in _column_samples()),
     traits=LINEAR,
 )
+
+
+def _border(A: Tensor) -> Tensor:
+    """A with one more coordinate of zeros at the end: the constant coordinate of rows that have none.
+
+    Psd (.., d, d) -> (.., d + 1, d + 1); a Diag (d,) -> (d + 1,).
+    """
+    return torch.nn.functional.pad(A, (0, 1) if A.ndim == 1 else (0, 1, 0, 1))
+
+
+def _infer_border(A: Type) -> Type:
+    need("border", "A", A, Psd, Diag)
+    rank = 2 if isinstance(A, Psd) else 1
+    if isinstance(A, Diag) and len(A.shape) != 1:
+        raise FxcurvError(f"op 'border' takes a diagonal of one group, got {A}.")
+    return type(A)((*A.shape[:-rank], *(_plus(size, 1) for size in A.shape[-rank:])), A.dtype)
+
+
+def _border_samples() -> Iterator[tuple[Tensor]]:
+    draw = Draw(21)
+    yield (draw.psd(3),)
+    yield (draw.psd(2, 4),)
+    yield (draw.positive(5),)
+
+
+border = Op("border", "(Tensor A) -> Tensor", _border, _infer_border, _border_samples, traits=LINEAR)

@@ -56,6 +56,8 @@ class Kron(Estimate):
             tokens = target.rows(b, "a2")
             frequency = b.mean(b.diag_gram(tokens), b.count(tokens))
             gram = moment(b, facts, target.rows(b, "g2"), target.d_in)
+            if target.homogeneous:  # the embedding has no constant coordinate
+                gram = b.border(gram)
             term = b.scale(gram, curvature_weight(b, facts))
             ratio = b.safe_ratio(b.mean_diagonal(frequency, True), b.mean_diagonal(outputs, *flag(outputs)))
             inputs = b.add(inputs, b.scale(term, ratio))
