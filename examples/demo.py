@@ -38,9 +38,7 @@ def train(method: str, steps: int, progress: Progress) -> tuple[list[float], lis
     torch.manual_seed(0)
     options = dict(task.settings[method])
     rate = {name: options.pop(name) for name in ("lr", "momentum") if name in options}
-    model = fxcurv.transform(
-        task.build_model(), method, example_inputs=task.example_inputs, loss=task.loss, **options
-    )
+    model = fxcurv.transform(task.build_model(), method, example_inputs=task.example_inputs, loss=task.loss, **options)
     optimizer = fxcurv.optimizer(model, **rate)
     bar = progress.add_task(method, total=steps, note="")
     losses: list[float] = []

@@ -73,8 +73,9 @@ def _block_linear(at: Site, x: Any, weight: Any, bias: Any) -> Match:
     view = operand.view
     if view.ndim != 3:
         raise Refused("meets block_linear with another number of axes than three")
-    form = BlockForm(*view.shape, False, view.order((0, 1, 2)), view.stored, view.scale)
-    return Match("block_linear", form, at.data(x), at.node, operand, at.bias(bias, form.groups * form.d_out))
+    groups, outputs, inputs = view.shape
+    form = BlockForm(groups, outputs, inputs, False, view.order((0, 1, 2)), view.stored, view.scale)
+    return Match("block_linear", form, at.data(x), at.node, operand, at.bias(bias, groups * outputs))
 
 
 class WrongForm(BlockForm):

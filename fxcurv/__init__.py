@@ -1,9 +1,9 @@
 """fxcurv: curvature for PyTorch by rewriting graphs.
 
-    model = fxcurv.transform(net, method="ekfac", example_inputs=(x,), loss="cross_entropy")
-    ...
-    model.backward(loss, out)
-    model.precondition_()
+model = fxcurv.transform(net, method="ekfac", example_inputs=(x,), loss="cross_entropy")
+...
+model.backward(loss, out)
+model.precondition_()
 """
 
 from importlib import import_module

@@ -35,7 +35,9 @@ def _whole(detection: Detection) -> Detection:
     """Without layers whose weight is frozen: a bias alone keeps its gradient."""
     bare = [layer for layer in detection.layers if layer.weight is None]
     lost = tuple(
-        Uncovered(name, f"It is the shift of '{layer.name}', whose scale is missing or frozen.", (layer.uses[0].y.name,))
+        Uncovered(
+            name, f"It is the shift of '{layer.name}', whose scale is missing or frozen.", (layer.uses[0].y.name,)
+        )
         for layer in bare
         for name in layer.params
     )

@@ -17,7 +17,7 @@ from torch import fx
 
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.op import OPS
-from fxcurv.ir.program import STEP, Program, Role, operand_types
+from fxcurv.ir.program import STEP, Program, Role, op_of, operand_types
 from fxcurv.ir.text import print_type
 from fxcurv.kernels.registry import select
 from fxcurv.passes.guard import links
@@ -62,9 +62,7 @@ class Lowered:
     def commits(self) -> dict[Role, tuple[tuple[str, str], ...]]:
         """For every state the (owner, cadence) pairs whose flags decide whether its new value is kept."""
         return {
-            role: tuple(
-                (owner, every) for owner in value.meta["owner"] or ("",) for _, every in links(value)
-            )
+            role: tuple((owner, every) for owner in value.meta["owner"] or ("",) for _, every in links(value))
             for role, value in self.program.outputs("state").items()
         }
 
@@ -88,9 +86,9 @@ class Lower(Pass):
                 continue
             kernel = None
             if backend != "reference":
-                kernel = select(node.target.name, node.meta["type"], operand_types(node), backend)
-            kernels[node.name] = kernel.name if kernel else f"{node.target.name}_reference"
-            functions[node.name] = kernel.run if kernel else node.target.reference
+                kernel = select(op_of(node).name, node.meta["type"], operand_types(node), backend)
+            kernels[node.name] = kernel.name if kernel else f"{op_of(node).name}_reference"
+            functions[node.name] = kernel.run if kernel else op_of(node).reference
         c.lowered = Lowered(c.program, kernels, functions)
         return sum(not name.endswith("_reference") for name in kernels.values())
 
@@ -103,7 +101,7 @@ def resolve(node: fx.Node, due: frozenset[str]) -> fx.Node:
 
 
 def cut(lowered: Lowered, due: frozenset[str], only: frozenset[Role] | None = None) -> Slice:
-    """Build the slice of a set of due cadences. The function of ``only`` some outputs runs the references: repairs do."""
+    """Build the slice of a set of due cadences. With ``only`` some outputs it runs the references, as repairs need."""
     program = lowered.program
     outputs: dict[Role, fx.Node] = {}
     for role, value in program.outputs().items():
@@ -118,7 +116,8 @@ def cut(lowered: Lowered, due: frozenset[str], only: frozenset[Role] | None = No
     live = _live(list(outputs.values()), due)
     names = {node: node.name for node in live}
     inputs = [node for node in program.placeholders if node in live]
-    lines, scope = [], {}
+    lines: list[str] = []
+    scope: dict[str, Any] = {}
     last = {operand: node for node in live for operand in _operands(node, due)}
     kept = set(outputs.values())
     for node in live:
@@ -133,7 +132,7 @@ def cut(lowered: Lowered, due: frozenset[str], only: frozenset[Role] | None = No
         else:
             called, function = lowered.kernels[node.name], lowered.functions[node.name]
             if only is not None:
-                called, function = f"{node.target.name}_reference", node.target.reference
+                called, function = f"{op_of(node).name}_reference", op_of(node).reference
             if scope.setdefault(called, function) is not function:
                 raise FxcurvError(f"two kernels are called {called}.")
             lines.append(f"{node.name} = {called}({arguments}){comment}")

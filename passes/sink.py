@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import fx
 
 from fxcurv.ir.op import Op, Trait
-from fxcurv.ir.program import STATISTICS, Program, Role
+from fxcurv.ir.program import STATISTICS, Program, Role, op_of
 from fxcurv.ir.statistic import Call, RowsOf, StateOf, parse_statistic
 from fxcurv.passes.manager import Compilation, Pass, erase
 
@@ -57,7 +57,7 @@ def expression_of(node: fx.Node) -> Call | RowsOf | StateOf | None:
     operands = [expression_of(arg) if isinstance(arg, fx.Node) else None for arg in node.args]
     if any(operand is None for operand in operands):
         return None
-    return Call(node.target.name, tuple(operand for operand in operands if operand is not None))
+    return Call(op_of(node).name, tuple(operand for operand in operands if operand is not None))
 
 
 def _has(node: fx.Node, trait: Trait) -> bool:

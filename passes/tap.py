@@ -2,7 +2,7 @@
 
 The program's statistic inputs say what to measure; the detected layers say where. Every use of a layer gets at most one
 tap node, on the product itself, with one slot for each statistic. A slot of a reduction is shared by all uses of the
-layer (autograd sums); rows that no pass could reduce get a slot for each use, whose gradients the run time concatenates.
+layer (autograd sums); rows that no pass could reduce get a slot for each use, whose gradients are concatenated.
 The size of such a slot is known only when the forward runs: the graph's input is then a function that makes it.
 """
 
@@ -19,7 +19,7 @@ import fxcurv.layers.reductions  # noqa: F401  (registers the reductions that ne
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.op import OPS
 from fxcurv.ir.program import Program
-from fxcurv.ir.statistic import Call, RowsOf, StateOf, evaluate, leaves, parse_statistic
+from fxcurv.ir.statistic import RowsOf, StateOf, evaluate, leaves, parse_statistic
 from fxcurv.ir.types import Rows, Type
 from fxcurv.kernels.registry import select
 from fxcurv.layers.layer import Layer, Use
@@ -89,7 +89,7 @@ class TapPass(Pass):
         return len(c.tapped.taps)
 
 
-def wanted(program: Program) -> dict[str, tuple[Call | RowsOf, Any]]:
+def wanted(program: Program) -> dict[str, tuple[Any, Any]]:
     """Statistics that taps have to deliver, by key: the expression and its type."""
     found = {}
     for role, node in program.inputs("stat").items():
@@ -160,7 +160,12 @@ def insert_taps(
 
 
 def _insert(
-    graph: fx.Graph, copies: dict[fx.Node, fx.Node], use: Use, spec: TapSpec, states: list[fx.Node], slots: list[fx.Node]
+    graph: fx.Graph,
+    copies: dict[fx.Node, fx.Node],
+    use: Use,
+    spec: TapSpec,
+    states: list[fx.Node],
+    slots: list[fx.Node],
 ) -> fx.Node:
     y, x = copies[use.y], copies[use.x]
     with graph.inserting_after(y):

@@ -1,6 +1,6 @@
 """The op that makes cadence explicit: which of two values a step uses.
 
-``on_due(new, old)`` with cadence c is ``new`` in the steps in which c is due and ``old`` (usually a state) in the others.
+``on_due(new, old)`` with cadence c is ``new`` in the steps in which c is due, ``old`` (usually a state) in others.
 Slicing a program for a set of due cadences replaces each such node by one of its operands, so nothing is decided while
 a slice runs.
 """

@@ -27,7 +27,9 @@ class Trait(Enum):
     """Facts about an op that passes rely on."""
 
     ADDITIVE = "additive"  # f(rows of batch 1 and 2) = f(rows of 1) + f(rows of 2): may move into a tap
-    ROWWISE = "rowwise"  # f(rows of batch 1 and 2) = f(rows of 1) beside f(rows of 2): may move into a tap with a reduction
+    ROWWISE = (
+        "rowwise"  # f(rows of batch 1 and 2) = f(rows of 1) beside f(rows of 2): may move into a tap with a reduction
+    )
     BATCHABLE = "batchable"  # leading batch dimensions are independent: equal shapes may be stacked
     LINEAR = "linear"  # linear in its first operand
     ORACLE = "oracle"  # calls the model: not constant for equal operands

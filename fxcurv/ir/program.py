@@ -142,6 +142,13 @@ def _is_state(node: fx.Node) -> bool:
     return node.op == "placeholder" and node.meta["role"].kind == "state"
 
 
+def op_of(node: fx.Node) -> Op:
+    """The op that a node applies; raises :class:`FxcurvError` for any other target."""
+    if not isinstance(node.target, Op):
+        raise FxcurvError(f"%{node.name} applies {node.target}, which is not an op.")
+    return node.target
+
+
 def operand_types(node: fx.Node) -> list[Any]:
     """The node's operands with every value replaced by its type; literals stay."""
 

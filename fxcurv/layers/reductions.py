@@ -1,14 +1,13 @@
 """Reductions that need no rows: the same statistics straight from a layer's input and output gradient.
 
 Rows are the definition; for some forms building them costs more than the statistic. Patches of a convolution are laid
-out as columns of each image and multiplied in place, one-hot rows of an embedding are read as indices, and a count looks
-at shapes only. Each entry is exact and declines (returns ``None``) where it does not apply.
+out as columns of each image and multiplied in place, one-hot rows of an embedding are read as indices, a count looks at
+shapes only. Each entry is exact and declines (returns ``None``) where it does not apply.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxcurv.layers.conv import ConvForm
@@ -30,7 +29,7 @@ def count_rows(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tenso
 
 @reduction("gram(a)")
 def gram_of_patches(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
-    """Patch Gram of a 2-d convolution without groups: patches as columns (C K, positions) of each image, no transpose."""
+    """Patch Gram of a 2-d convolution without groups: patches as columns (C K, positions) of an image, not copied."""
     if not isinstance(form, ConvForm) or form.groups != 1 or len(form.kernel) != 2 or form.scale != 1.0:
         return None
     columns = form.columns(x)

@@ -70,5 +70,5 @@ def _paper(path: Path, entry: dict[str, Any]) -> Paper:
     if entry["status"] not in STATUSES:
         known = ", ".join(STATUSES)
         raise FxcurvError(f"'{path}': paper {entry['number']} has status '{entry['status']}'; there are {known}.")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
     return Paper(**values)

@@ -41,12 +41,13 @@ class ModeGrams(Tensors):
         return direction if modes else b.copy(gradient)
 
 
-@published("shampoo", papers=(28,), epsilon=1e-4, average="sum", ema=0.95, max_factor_dim=1024)
+@published("shampoo", papers=(28,), epsilon=1e-4, average="sum", ema=0.95, max_factor_dim=1024, lr=0.01)
 def shampoo(o: SimpleNamespace) -> Method:
     """Shampoo: precondition every mode of a gradient tensor with an inverse root of its accumulated Gram.
 
-    For a matrix U = L^-1/4 G R^-1/4 with L = epsilon I + sum G G^T, R = epsilon I + sum G^T G; a vector gets full-matrix
-    AdaGrad; a mode wider than max_factor_dim gets a diagonal. Dimensions of size one are no modes. Needs only gradients.
+    For a matrix U = L^-1/4 G R^-1/4 with L = epsilon I + sum G G^T, R = epsilon I + sum G^T G; a vector gets
+    full-matrix AdaGrad; a mode wider than max_factor_dim gets a diagonal. Dimensions of size one are no modes. Needs
+    only gradients.
 
     Source: Gupta, Koren & Singer 2018, algorithms 1 and 2.
     """

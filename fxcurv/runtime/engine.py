@@ -181,7 +181,9 @@ class Engine:
             elif role.kind == "oracle":
                 inputs[role] = self.oracle
             elif role.key == "weight":
-                inputs[role] = torch.tensor(weight(self.method.source, self.loss, terms, captured_scale), dtype=self.dtype)
+                inputs[role] = torch.tensor(
+                    weight(self.method.source, self.loss, terms, captured_scale), dtype=self.dtype
+                )
             else:
                 inputs[role] = self.statistics.value(role.key, self._stat_device(role.key))
         return inputs
@@ -234,7 +236,9 @@ class Engine:
         bad_statistics = {key.rpartition(":")[0] for key in flags if key.endswith(f":{STATISTICS}") and key not in good}
         states = {role: value for role, value in results.items() if role.kind == "state"}
         failed = [
-            r for r in states if not holds(r, (REFRESH,)) and not bad_statistics & {owner for owner, _ in self.commits[r]}
+            r
+            for r in states
+            if not holds(r, (REFRESH,)) and not bad_statistics & {owner for owner, _ in self.commits[r]}
         ]
         fixed = repair(self.lowered, due, inputs, failed) if failed else {}
         committed = {r: v for r, v in states.items() if holds(r, due)} | fixed
@@ -254,7 +258,9 @@ class Engine:
                 good |= {role.key for role, value in second.items() if role.kind == "flag" and bool(value)}
         never = {o for o in lost if all(not bool(self.states.values[r].any()) for r in failed if r not in fixed)}
         steps = {key.rpartition(":")[0] for key in flags if key.endswith(":step")}
-        fallback = {owner for owner in steps if f"{owner}:step" not in good} | (bad_statistics & steps) | (never & steps)
+        fallback = (
+            {owner for owner in steps if f"{owner}:step" not in good} | (bad_statistics & steps) | (never & steps)
+        )
         self.overdue = self.overdue or bool(REFRESH in due and (lost or bad_statistics))
         self._warn(fallback, lost)
         return {**committed, **updates, **rest}, fallback, tuple(sorted(owners - lost)), tuple(sorted(lost))
@@ -266,7 +272,9 @@ class Engine:
         ):
             if names and cause not in self.warned:
                 self.warned.add(cause)
-                warnings.warn(f"layers {', '.join(sorted(names))} {what} (step {self.step}).", FxcurvWarning, stacklevel=5)
+                warnings.warn(
+                    f"layers {', '.join(sorted(names))} {what} (step {self.step}).", FxcurvWarning, stacklevel=5
+                )
 
     def _write(self, results: dict[Role, Any], fallback: set[str], scale: float) -> None:
         parameters = self.parameters()

@@ -81,6 +81,8 @@ class Forwards:
             program = engine.lowered.program
             names = {target.name for target in engine.facts.targets}
             layers = tuple(layer for layer in detect(captured, engine.model).layers if layer.name in names)
-            known = TappedForward(captured, insert_taps(captured.graph, layers, program, engine.compilation.options["backend"], True))
+            known = TappedForward(
+                captured, insert_taps(captured.graph, layers, program, engine.compilation.options["backend"], True)
+            )
             self.known[call.key] = known
         return known, call.leaves

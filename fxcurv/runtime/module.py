@@ -169,7 +169,7 @@ class CurvatureModule(nn.Module):
             return
         if engine.statistics.plain:
             raise FxcurvError(
-                "loss.backward() has already filled statistics of this step; use model.backward(loss, outputs) for every "
+                "loss.backward() has already filled statistics of this step; use model.backward(loss, outputs) for each "
                 "micro-batch of a step, or none."
             )
         key = (engine.method.seed, engine.step, engine.micro)
@@ -313,7 +313,7 @@ class CurvatureModule(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the model and its curvature; training then goes on bit for bit.
 
-        Raises :class:`FxcurvError` before anything changes when curvature entries are missing or foreign and ``strict``.
+        With ``strict``, missing or foreign curvature entries raise :class:`FxcurvError` before anything changes.
         """
         if strict:
             found = {key[len(PREFIX) :] for key in state_dict if key.startswith(PREFIX)}

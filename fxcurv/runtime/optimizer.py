@@ -42,9 +42,9 @@ class CurvatureOptimizer(Optimizer):
         if method.rule.kind == "newton":
             if closure is None:
                 raise FxcurvError(f"'{method.name}' evaluates the loss several times a step: call opt.step(closure).")
-            loss, self.info = newton_step(self.model, self.param_groups[0], closure)
-            return loss
-        loss = None
+            value, self.info = newton_step(self.model, self.param_groups[0], closure)
+            return value
+        loss: Tensor | None = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()

@@ -29,7 +29,8 @@ class HessianOracle:
         """H v for vectors shaped like the parameters, in the parameters' dtypes."""
         totals = [torch.zeros_like(vector) for vector in vectors]
         for gradients in self.gradients:
-            pairs = [(g, v.to(g.dtype)) for g, v in zip(gradients, vectors, strict=True) if g is not None and g.requires_grad]
+            known = [(g, v) for g, v in zip(gradients, vectors, strict=True) if g is not None and g.requires_grad]
+            pairs = [(g, v.to(g.dtype)) for g, v in known]
             if pairs:
                 products = torch.autograd.grad(
                     [g for g, _ in pairs], self.parameters, [v for _, v in pairs], retain_graph=True, allow_unused=True
@@ -39,7 +40,7 @@ class HessianOracle:
 
 
 class GGNOracle:
-    """Products with J^T H J / N: forward through the Jacobian, the loss Hessian, and back (sheet matrix-free, CVP 3)."""
+    """Products with J^T H J / N: forward through the Jacobian, the loss Hessian, and back (matrix-free, CVP 3)."""
 
     def __init__(self, parameters: Sequence[Tensor], loss: Loss) -> None:
         self.parameters = list(parameters)

@@ -129,8 +129,10 @@ def changes(texts: list[tuple[str, str]], passes: list[dict[str, Any]]) -> list[
 
 def diff_lines(before: str, after: str, name: str) -> list[str]:
     """The unified diff of a pass, without the comment on the program's first line; empty when nothing changed."""
-    old, new = ([line.split("  #")[0] if line.startswith("update {") else line for line in text.splitlines()]
-                for text in (before, after))
+    old, new = (
+        [line.split("  #")[0] if line.startswith("update {") else line for line in text.splitlines()]
+        for text in (before, after)
+    )
     return list(difflib.unified_diff(old, new, f"before {name}", f"after {name}", lineterm="", n=2))
 
 

@@ -29,7 +29,7 @@ def prove_transform(module: Any, call: Call, proofs: set[str], strict: bool) -> 
     if unknown:
         raise FxcurvError(f"there is no proof '{unknown[0]}'; there are {', '.join(PROOFS)}.")
     engine = module._engine
-    if strict:
+    if strict and engine.method.source.taps:
         bare = [row for row in module.report().rows if row.status == "gradient only"]
         if bare:
             more = f" (and {len(bare) - 1} more)" if len(bare) > 1 else ""

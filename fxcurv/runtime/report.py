@@ -72,7 +72,8 @@ def make_report(engine: Engine) -> Report:
     targets = {target.name: target for target in facts.targets}
     for name, parameter in parameters.items():
         layer = layers.get(name)
-        status, reason, chain, source = "approximated", f"by {method.name}", (), ""
+        status, reason, source = "approximated", f"by {method.name}", ""
+        chain: tuple[str, ...] = ()
         if tensorwise:
             status = "gradient only" if method.source.kind == "gradient" and method.name == "sgd" else "approximated"
             reason = "the gradient itself" if status == "gradient only" else f"by {method.name}, tensor by tensor"
@@ -108,6 +109,8 @@ def make_report(engine: Engine) -> Report:
     if compilation.options.get("empirical_by_default"):
         notes.append("no loss= was given, so the Fisher is empirical: the training loss's own gradients")
     if compilation.options.get("batch_statistics"):
-        notes.append("BatchNorm in training mode couples examples: fisher='ggn' is biased, 'mc' and 'ggn_signs' are not")
+        notes.append(
+            "BatchNorm in training mode couples examples: fisher='ggn' is biased, 'mc' and 'ggn_signs' are not"
+        )
     frontend = compilation.captured.frontend if compilation.captured is not None else ""
     return Report(method.name, method.source.kind, frontend, tuple(rows.values()), tuple(notes))

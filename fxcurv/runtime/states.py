@@ -1,7 +1,7 @@
 """The curvature state: one tensor for every state of the program, saved under stable names.
 
-Names are ``<layer>.<part>`` (``encoder.0.A``, ``encoder.0.A.inverse``), never node names. A state that sharing merged is
-saved under each of its names, and the copies must be equal when they are loaded.
+Names are ``<layer>.<part>`` (``encoder.0.A``, ``encoder.0.A.inverse``), never node names. A state that sharing merged
+is saved under each of its names, and the copies must be equal when they are loaded.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class States:
             self.values[role] = value.to(fn(value.new_empty(0)).device)
 
     def check(self, entries: Mapping[str, Tensor]) -> dict[Role, Tensor]:
-        """Values by role from saved entries; raises :class:`FxcurvError` on a wrong shape or on unequal shared copies."""
+        """Values by role from saved entries; raises :class:`FxcurvError` on a wrong shape or unequal shared copies."""
         found: dict[Role, Tensor] = {}
         for key, value in entries.items():
             role = self.by_key[key]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxcurv.errors import FxcurvError
 from fxcurv.ir.statistic import Call, RowsOf, StateOf, leaves, parse_statistic
 from fxcurv.ir.types import Type
 from fxcurv.losses import Loss
@@ -81,7 +82,8 @@ class Statistics:
         """Take what the slots hold."""
         for (key, _), slot in self.slots.items():
             if slot.grad is not None and not key.startswith(TERMS):
-                self.sums[key] = slot.grad if key not in self.sums else self.sums[key] + slot.grad.to(self.sums[key].device)
+                known = self.sums.get(key)
+                self.sums[key] = slot.grad if known is None else known + slot.grad.to(known.device)
             slot.grad = None
         self.collect_rows()
         self.collected = True
@@ -114,9 +116,19 @@ class Statistics:
         self.terms, self.collected = 0.0, False
 
     def value(self, key: str, device: torch.device) -> Tensor:
-        """A statistic; zeros (or no rows) of a layer that was not reached."""
+        """A statistic; zeros (or no rows) of a layer that was not reached.
+
+        Raises :class:`FxcurvError` when kept rows have different numbers of positions.
+        """
         type_ = self.types[key]
         if key in self.rows:
+            positions = sorted({rows.shape[1] for rows in self.rows[key]})
+            if len(positions) > 1:
+                raise FxcurvError(
+                    f"the rows '{key}' have {' and '.join(map(str, positions))} positions in different uses or "
+                    "micro-batches, so they cannot be kept side by side; leave the pass 'sink' on, or give every use "
+                    "and micro-batch the same number."
+                )
             return torch.cat([rows.to(device) for rows in self.rows[key]])
         if key in self.sums:
             return self.sums[key].to(device)

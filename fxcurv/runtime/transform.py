@@ -51,8 +51,8 @@ def transform(
     ``Method``; ``hyper`` overrides its hyper-parameters. example_inputs, example_kwargs: a call of the model, needed by
     the export front-end and by the numeric proofs. loss: a name, an nn loss module or a loss object; without it the
     Fisher is empirical. frontend: "auto", "symbolic" or "export". backend: "auto", "aten" or "reference" kernels.
-    layers, skip: fnmatch patterns on layer names or kinds. strict: an uncovered parameter is an error. proofs: all, none,
-    or some of "coverage", "gradient", "output". on_nonfinite: "gradient" (a layer with a bad update keeps its gradient)
+    layers, skip: fnmatch patterns on layer names or kinds. strict: an uncovered parameter is an error. proofs: all,
+    none or some of "coverage", "gradient", "output". on_nonfinite: "gradient" (a layer with a bad update keeps its gradient)
     or "raise". passes, disable, check, fuel: the pipeline, passes left out by name, "none"/"types"/"numeric" checking
     and a limit on rewrites.
 
@@ -66,7 +66,9 @@ def transform(
     if by_default:
         chosen = replace(chosen, source=Source("empirical"))
     if chosen.source.kind == "ggn_product" and loss_object is None:
-        raise FxcurvError(f"'{chosen.name}' multiplies with the loss's curvature: pass loss=, e.g. loss='cross_entropy'.")
+        raise FxcurvError(
+            f"'{chosen.name}' multiplies with the loss's curvature: pass loss=, e.g. loss='cross_entropy'."
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise FxcurvError(f"{type(model).__name__} has no trainable parameter.")
     given = example_inputs is not None or example_kwargs is not None
@@ -111,7 +113,9 @@ def _plain(model: nn.Module) -> nn.Module:
     if isinstance(model, CurvatureModule):
         raise FxcurvError("the model is transformed already; call strip() on it first.")
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise FxcurvError("transform the model before wrapping it: DistributedDataParallel(fxcurv.transform(net, ...)).")
+        raise FxcurvError(
+            "transform the model before wrapping it: DistributedDataParallel(fxcurv.transform(net, ...))."
+        )
     if not isinstance(model, nn.Module):
         kind = "class" if inspect.isclass(model) else type(model).__name__
         raise FxcurvError(f"fxcurv.transform takes an nn.Module, got a {kind}.")

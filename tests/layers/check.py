@@ -82,8 +82,9 @@ def assert_exact(model: nn.Module, *xs: Tensor, frontend: str = "symbolic", shap
             assert a.shape[:3] == g.shape[:3] and a.shape[3] == form.d_in and g.shape[3] == form.d_out
             assert a.shape[2] == form.groups
             matrix = torch.einsum("bsgo,bsgi->goi", g, a.to(g.dtype))
-            torch.testing.assert_close(form.product(recorder.seen[use.x], at[use.y],
-                                                    *(recorder.seen[n] for n in use.aux)), matrix)
+            torch.testing.assert_close(
+                form.product(recorder.seen[use.x], at[use.y], *(recorder.seen[n] for n in use.aux)), matrix
+            )
             stored, column = form.stored(matrix)
             if use.swapped:  # the same numbers, transposed: bring them into the first use's orientation
                 assert not form.bias

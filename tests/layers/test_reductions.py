@@ -41,9 +41,14 @@ def check(form: object, text: str, x: torch.Tensor, g: torch.Tensor, *states: to
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"stride": 2, "padding": 1}, {"padding": (2, 1), "padding_mode": "reflect"}, {"dilation": 2, "padding": "same"},
-     {"padding": 1, "padding_mode": "circular"}],
-)  # fmt: skip
+    [
+        {},
+        {"stride": 2, "padding": 1},
+        {"padding": (2, 1), "padding_mode": "reflect"},
+        {"dilation": 2, "padding": "same"},
+        {"padding": 1, "padding_mode": "circular"},
+    ],
+)
 def test_convolution(bias: bool, options: dict[str, object]):
     form = conv(bias, **options)
     x = torch.randn(5, 3, 7, 6, dtype=torch.float64)

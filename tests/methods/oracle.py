@@ -72,7 +72,9 @@ def ggn(net: nn.Module, name: str, x: Tensor, loss: LossFn, groups: int = 1) -> 
     return j.T @ output_hessian(net(x), loss) @ j
 
 
-def example_gradients(net: nn.Module, name: str, x: Tensor, loss: Callable[[Tensor, int], Tensor], groups: int = 1) -> Tensor:
+def example_gradients(
+    net: nn.Module, name: str, x: Tensor, loss: Callable[[Tensor, int], Tensor], groups: int = 1
+) -> Tensor:
     """Rows: the gradient of ``loss(output of example n, n)`` in [W b], one example in the network at a time."""
     call, matrix = as_function(net, name, groups)
     rows = []
@@ -152,6 +154,8 @@ def accumulate(model: CurvatureModule, batches: Iterable[tuple[Tensor, LossFn, d
     return Step(model, gradient, {n: model.get_parameter(n).grad.clone() for n in gradient}, info, total)
 
 
-def step(net: nn.Module, method: str, x: Tensor, loss_fn: LossFn, *, backward: dict[str, Any] | None = None, **options: Any) -> Step:
+def step(
+    net: nn.Module, method: str, x: Tensor, loss_fn: LossFn, *, backward: dict[str, Any] | None = None, **options: Any
+) -> Step:
     """Transform and take one step on one batch."""
     return accumulate(transform(net, method, x, **options), [(x, loss_fn, dict(backward or {}))])

@@ -82,7 +82,8 @@ def test_tapped_forward_and_gradients_are_bitwise_those_of_the_plain_model(kind:
 
 def batches(net: nn.Module, x: Tensor, y: Tensor, parts: list[slice]) -> list[tuple[Tensor, Any, dict[str, Any]]]:
     return [
-        (x[part], lambda f, part=part: F.cross_entropy(f, y[part]) * (y[part].numel() / y.numel()), {}) for part in parts
+        (x[part], lambda f, part=part: F.cross_entropy(f, y[part]) * (y[part].numel() / y.numel()), {})
+        for part in parts
     ]
 
 
@@ -164,9 +165,7 @@ def test_checkpointing_around_the_model(method: str, fisher: str, sharing: str) 
     net, x, y = NETS["tokens"]()
     twin, _, _ = NETS["tokens"]()
     twin.load_state_dict(net.state_dict())
-    plain, model = (
-        transform(m, method, x, loss="cross_entropy", fisher=fisher, sharing=sharing) for m in (net, twin)
-    )
+    plain, model = (transform(m, method, x, loss="cross_entropy", fisher=fisher, sharing=sharing) for m in (net, twin))
     expected = accumulate(plain, batches(net, x, y, [slice(0, 4), slice(4, 6)]))
     model.zero_grad()
     for part in (slice(0, 4), slice(4, 6)):
@@ -203,7 +202,12 @@ def test_reentrant_checkpointing_around_the_model_is_refused(fisher: str) -> Non
         model.backward(F.cross_entropy(outputs, y), outputs)
 
 
-QUICK = {("mlp", "mc", "aot_eager"), ("mlp", "ggn", "eager"), ("mlp", "empirical", "eager"), ("tokens", "ggn", "aot_eager")}
+QUICK = {
+    ("mlp", "mc", "aot_eager"),
+    ("mlp", "ggn", "eager"),
+    ("mlp", "empirical", "eager"),
+    ("tokens", "ggn", "aot_eager"),
+}
 COMPILED = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
     for case in itertools.product(NETS, ("mc", "ggn", "empirical"), ("eager", "aot_eager"))

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxcurv.runtime.module import CurvatureModule
 from tests.methods.nets import Attention, convnet, mlp
 from tests.methods.oracle import block_diagonal, corrected, example_gradients, ggn, kron, step, transform
-from fxcurv.runtime.module import CurvatureModule
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -32,7 +32,11 @@ class Case:
     def fisher(self) -> Tensor:
         """Empirical Fisher of the mean loss, groups uncoupled: examples' summed gradients, divided by all terms."""
         rows = example_gradients(
-            self.net, self.name, self.x, lambda f, n: F.cross_entropy(f, self.y[n : n + 1], reduction="sum"), self.groups
+            self.net,
+            self.name,
+            self.x,
+            lambda f, n: F.cross_entropy(f, self.y[n : n + 1], reduction="sum"),
+            self.groups,
         )
         return block_diagonal(rows.T @ rows / self.y.numel(), self.groups)
 

@@ -46,7 +46,9 @@ def test_blocks_of_a_deep_linear_net_are_exact(case: str, bias: bool) -> None:
 def test_a_summed_loss_gives_the_direction_of_the_mean_loss() -> None:
     net = deep_linear(3, 4, 2)
     mean = step(net, "kfac", X, lambda f: F.mse_loss(f, Y), loss="mse", fisher="ggn")
-    total = step(net, "kfac", X, lambda f: F.mse_loss(f, Y, reduction="sum"), loss=nn.MSELoss(reduction="sum"), fisher="ggn")
+    total = step(
+        net, "kfac", X, lambda f: F.mse_loss(f, Y, reduction="sum"), loss=nn.MSELoss(reduction="sum"), fisher="ggn"
+    )
     for name, direction in mean.direction.items():
         torch.testing.assert_close(total.direction[name], direction)
 

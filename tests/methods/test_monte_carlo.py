@@ -30,15 +30,29 @@ def cases() -> dict[str, tuple[nn.Module, Tensor, str, LossFn, tuple[str, ...]]]
     y, tokens = torch.randint(0, 3, (4,)), torch.randn(1, 4, 3)
     numbers = torch.randn(1, 2)
     return {
-        "rows": (mlp(3, 4, 3), torch.randn(1, 3), "cross_entropy", lambda f: F.cross_entropy(f, y[:1].expand(len(f))), ("0", "2")),
-        "binary": (mlp(3, 4, 2), torch.randn(1, 3), "bce", lambda f: F.binary_cross_entropy_with_logits(f, numbers.sigmoid().expand_as(f)), ("0",)),
+        "rows": (
+            mlp(3, 4, 3),
+            torch.randn(1, 3),
+            "cross_entropy",
+            lambda f: F.cross_entropy(f, y[:1].expand(len(f))),
+            ("0", "2"),
+        ),
+        "binary": (
+            mlp(3, 4, 2),
+            torch.randn(1, 3),
+            "bce",
+            lambda f: F.binary_cross_entropy_with_logits(f, numbers.sigmoid().expand_as(f)),
+            ("0",),
+        ),
         "squares": (mlp(3, 4, 2), torch.randn(1, 3), "mse", lambda f: F.mse_loss(f, numbers.expand_as(f)), ("0",)),
         "attention": (Attention(), tokens, "cross_entropy", token_loss(y), ("q", "k", "v", "head")),
         "attention flattened": (Attention(flat=True), tokens, "cross_entropy", token_loss(y), ("q", "v")),
     }
 
 
-def estimates(net: nn.Module, x: Tensor, loss: str, user: LossFn, names: tuple[str, ...], copies: int, **options: object) -> Tensor:
+def estimates(
+    net: nn.Module, x: Tensor, loss: str, user: LossFn, names: tuple[str, ...], copies: int, **options: object
+) -> Tensor:
     """Diagonals of the named layers' blocks, one row for each of STEPS steps."""
     batch = x.expand(copies, *x.shape[1:]).contiguous()
     model = transform(net, "diag", batch, loss=loss, **options)

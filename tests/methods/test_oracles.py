@@ -140,7 +140,12 @@ def test_adahessian_against_a_dense_re_implementation(blocks: bool, power: float
 
         _, theta = flat(net)
         if k % every == 0:
-            z = packed([OPS["signs"].reference(torch.zeros(s), torch.tensor(5.0), torch.tensor(float(k)), i) for i, s in enumerate(shapes)])
+            z = packed(
+                [
+                    OPS["signs"].reference(torch.zeros(s), torch.tensor(5.0), torch.tensor(float(k)), i)
+                    for i, s in enumerate(shapes)
+                ]
+            )
             assert set(z.tolist()) == {-1.0, 1.0}
             product = (z * (dense_hessian(net, x, user) @ z)).split(sizes)
             kept = [d.view(s) for d, s in zip(product, shapes, strict=True)]

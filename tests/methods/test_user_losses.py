@@ -29,24 +29,68 @@ KEEP = torch.tensor([[True, True, False], [True] * 3, [False] * 3, [True, False,
 FLAT: dict[str, tuple[Any, Callable[[Tensor], Tensor], dict[str, Any]]] = {
     "indices": ("cross_entropy", lambda f: F.cross_entropy(f, CUSTOM), {}),
     "torch's ignore_index": ("cross_entropy", lambda f: F.cross_entropy(f, ROWS), {"targets": ROWS}),
-    "ignore_index": (nn.CrossEntropyLoss(ignore_index=1), lambda f: F.cross_entropy(f, CUSTOM, ignore_index=1), {"targets": CUSTOM}),
-    "ignore_index by mask": (losses.CrossEntropy(ignore_index=1), lambda f: F.cross_entropy(f, CUSTOM, ignore_index=1), {"mask": CUSTOM != 1}),
-    "class weights": (nn.CrossEntropyLoss(weight=WEIGHT), lambda f: F.cross_entropy(f, CUSTOM, weight=WEIGHT), {"targets": CUSTOM}),
-    "weights and ignored": (nn.CrossEntropyLoss(weight=WEIGHT, ignore_index=1), lambda f: F.cross_entropy(f, CUSTOM, weight=WEIGHT, ignore_index=1), {"targets": CUSTOM}),
-    "smoothing": (nn.CrossEntropyLoss(label_smoothing=0.2), lambda f: F.cross_entropy(f, CUSTOM, label_smoothing=0.2), {}),
-    "smoothing and weights": (nn.CrossEntropyLoss(label_smoothing=0.2, weight=WEIGHT), lambda f: F.cross_entropy(f, CUSTOM, label_smoothing=0.2, weight=WEIGHT), {"targets": CUSTOM}),
+    "ignore_index": (
+        nn.CrossEntropyLoss(ignore_index=1),
+        lambda f: F.cross_entropy(f, CUSTOM, ignore_index=1),
+        {"targets": CUSTOM},
+    ),
+    "ignore_index by mask": (
+        losses.CrossEntropy(ignore_index=1),
+        lambda f: F.cross_entropy(f, CUSTOM, ignore_index=1),
+        {"mask": CUSTOM != 1},
+    ),
+    "class weights": (
+        nn.CrossEntropyLoss(weight=WEIGHT),
+        lambda f: F.cross_entropy(f, CUSTOM, weight=WEIGHT),
+        {"targets": CUSTOM},
+    ),
+    "weights and ignored": (
+        nn.CrossEntropyLoss(weight=WEIGHT, ignore_index=1),
+        lambda f: F.cross_entropy(f, CUSTOM, weight=WEIGHT, ignore_index=1),
+        {"targets": CUSTOM},
+    ),
+    "smoothing": (
+        nn.CrossEntropyLoss(label_smoothing=0.2),
+        lambda f: F.cross_entropy(f, CUSTOM, label_smoothing=0.2),
+        {},
+    ),
+    "smoothing and weights": (
+        nn.CrossEntropyLoss(label_smoothing=0.2, weight=WEIGHT),
+        lambda f: F.cross_entropy(f, CUSTOM, label_smoothing=0.2, weight=WEIGHT),
+        {"targets": CUSTOM},
+    ),
     "probabilities": ("cross_entropy", lambda f: F.cross_entropy(f, SOFT), {}),
-    "batchmean": (losses.CrossEntropy(reduction="batchmean"), lambda f: F.cross_entropy(f, CUSTOM, reduction="sum") / 5, {}),
+    "batchmean": (
+        losses.CrossEntropy(reduction="batchmean"),
+        lambda f: F.cross_entropy(f, CUSTOM, reduction="sum") / 5,
+        {},
+    ),
     "bce": ("bce", lambda f: F.binary_cross_entropy_with_logits(f, BINARY), {}),
-    "bce batchmean": (losses.BCE(reduction="batchmean"), lambda f: F.binary_cross_entropy_with_logits(f, BINARY, reduction="sum") / 5, {}),
-    "bce pos_weight": (nn.BCEWithLogitsLoss(pos_weight=WEIGHT), lambda f: F.binary_cross_entropy_with_logits(f, BINARY, pos_weight=WEIGHT), {"targets": BINARY}),
-    "bce weight": (nn.BCEWithLogitsLoss(weight=WEIGHT), lambda f: F.binary_cross_entropy_with_logits(f, BINARY, weight=WEIGHT), {}),
+    "bce batchmean": (
+        losses.BCE(reduction="batchmean"),
+        lambda f: F.binary_cross_entropy_with_logits(f, BINARY, reduction="sum") / 5,
+        {},
+    ),
+    "bce pos_weight": (
+        nn.BCEWithLogitsLoss(pos_weight=WEIGHT),
+        lambda f: F.binary_cross_entropy_with_logits(f, BINARY, pos_weight=WEIGHT),
+        {"targets": BINARY},
+    ),
+    "bce weight": (
+        nn.BCEWithLogitsLoss(weight=WEIGHT),
+        lambda f: F.binary_cross_entropy_with_logits(f, BINARY, weight=WEIGHT),
+        {},
+    ),
     "bce masked": ("bce", lambda f: F.binary_cross_entropy_with_logits(f[KEEP], BINARY[KEEP]), {"mask": KEEP}),
     "mse": ("mse", lambda f: F.mse_loss(f, BINARY), {}),
     "mse masked": ("mse", lambda f: F.mse_loss(f[KEEP], BINARY[KEEP]), {"mask": KEEP}),
     "gaussian": ("gaussian", lambda f: (f - BINARY).square().sum() / 2 / 5, {}),
-    "gaussian masked rows": ("gaussian", lambda f: (f - BINARY)[KEEP.any(1)].square().sum() / 2 / 4, {"mask": KEEP.any(1)}),
-}  # fmt: skip
+    "gaussian masked rows": (
+        "gaussian",
+        lambda f: (f - BINARY)[KEEP.any(1)].square().sum() / 2 / 4,
+        {"mask": KEEP.any(1)},
+    ),
+}
 
 
 @pytest.mark.parametrize("case", FLAT)
@@ -96,7 +140,9 @@ def test_reductions_differ_by_the_divisor_only(reduction: str, fisher: str) -> N
     net, x = mlp(3, 4, 3), torch.randn(5, 3)
     mean = step(net, "kfac", x, lambda f: F.mse_loss(f, BINARY), loss="mse", fisher=fisher)
     factor = {"mean": 1.0, "sum": 15.0, "batchmean": 3.0}[reduction]
-    other = step(net, "kfac", x, lambda f: factor * F.mse_loss(f, BINARY), loss=losses.MSE(reduction=reduction), fisher=fisher)
+    other = step(
+        net, "kfac", x, lambda f: factor * F.mse_loss(f, BINARY), loss=losses.MSE(reduction=reduction), fisher=fisher
+    )
     curvature = 3.0 if reduction == "batchmean" else 1.0
     torch.testing.assert_close(other.factors("0")["G"], curvature * mean.factors("0")["G"])
     torch.testing.assert_close(other.factors("0")["A"], mean.factors("0")["A"])
@@ -113,7 +159,15 @@ def test_a_loss_that_weighs_terms_needs_the_targets(loss: Any) -> None:
 def test_ignored_terms_leave_no_trace() -> None:
     """Statistics of a batch with ignored rows equal those of the batch without them, but for the rows that A counts."""
     net, x = mlp(3, 4, 3), torch.randn(5, 3)
-    full = step(net, "diag", x, lambda f: F.cross_entropy(f, ROWS), loss="cross_entropy", fisher="ggn", backward={"targets": ROWS})
+    full = step(
+        net,
+        "diag",
+        x,
+        lambda f: F.cross_entropy(f, ROWS),
+        loss="cross_entropy",
+        fisher="ggn",
+        backward={"targets": ROWS},
+    )
     kept = ROWS >= 0
     part = step(net, "diag", x[kept], lambda f: F.cross_entropy(f, ROWS[kept]), loss="cross_entropy", fisher="ggn")
     torch.testing.assert_close(full.factors("0")["D"], part.factors("0")["D"])

@@ -123,7 +123,8 @@ signs = Op(
 hvp = Op("hvp", "(oracle, Tensor[] vectors) -> Tensor[]", _hvp, _infer_hvp, _no_samples, traits=_ORACLE)
 cg = Op(
     "cg",
-    "(oracle, Tensor target, Tensor start, Tensor damping, int iterations, float tolerance) -> (Tensor, Tensor, Tensor)",
+    "(oracle, Tensor target, Tensor start, Tensor damping, int iterations, float tolerance)"
+    " -> (Tensor, Tensor, Tensor)",
     _cg,
     _infer_cg,
     _no_samples,

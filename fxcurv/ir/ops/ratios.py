@@ -44,7 +44,7 @@ def _power(x: Tensor, exponent: Tensor) -> Tensor:
 
 
 def _trailing_mean(x: Tensor, dims: int) -> Tensor:
-    """Every entry replaced by the mean over the last ``dims`` dimensions, in the shape of x (Yao et al. 2020, eq. 6)."""
+    """Every entry replaced by the mean over the last ``dims`` dimensions, shaped like x (Yao et al. 2020, eq. 6)."""
     axes = tuple(range(x.ndim - dims, x.ndim))
     return x.mean(axes, keepdim=True).expand(x.shape).contiguous()
 

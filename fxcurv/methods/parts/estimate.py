@@ -74,7 +74,10 @@ class InputGram(Estimate):
 
 @dataclass(frozen=True)
 class Diagonal(Estimate):
-    """The diagonal of the Fisher: mean over examples of the squared gradient of each example, Mat[groups; d_out, d_in]."""
+    """The diagonal of the Fisher: mean over examples of the squared gradient of each example, Mat[groups; d_out, d_in].
+
+    Positions of one use are summed before the square; several uses of a weight count as several examples.
+    """
 
     def measure(self, b: Builder, facts: Facts, target: Target) -> dict[str, fx.Node]:
         squares = b.grad_square(target.rows(b, "a"), target.rows(b, "g"))

@@ -13,9 +13,9 @@ from fxcurv.methods.method import Track, hyper
 
 @dataclass(frozen=True)
 class EMA(Track):
-    """Exponential moving average with weight min(1 - 1/k, ema) on the old value at the k-th update (Martens & Grosse 2015).
+    """Exponential moving average with weight min(1 - 1/k, ema) on the old value at the k-th update.
 
-    A batch in which the layer was not reached counts as no update.
+    Source: Martens & Grosse 2015, section 5. A batch in which the layer was not reached counts as no update.
     """
 
     def follow(self, b: Builder, facts: Facts, target: Target, parts: dict[str, fx.Node]) -> dict[str, fx.Node]:
@@ -30,4 +30,3 @@ class EMA(Track):
             followed[part] = b.ema(old, value, weight)
             b.give("state", key, followed[part])
         return followed
-
