@@ -189,8 +189,8 @@ def _dense(
         dense = _exact_block(model, target, inputs, columns, terms)
         if dense.shape != block.shape:
             continue
-        error = float((block - dense).norm() / dense.norm().clamp_min(1e-300))
-        yield Check(f"block of {layer.name}", "info", f"{error:.3g} from the exact GGN block (Frobenius)", error)
+        distance = float((block - dense).norm() / dense.norm().clamp_min(1e-300))
+        yield Check(f"block of {layer.name}", "info", f"{distance:.3g} from the exact GGN block (Frobenius)", distance)
 
 
 def _small(value: Any) -> Any:
@@ -231,7 +231,7 @@ def _exact_block(model: nn.Module, target: Any, inputs: Any, columns: list[Tenso
     def output(*values: Tensor) -> Tensor:
         return functional_call(model, {**own, **dict(zip(names, values, strict=True))}, tuple(args), kwargs)  # type: ignore[no-any-return]
 
-    _, pull = vjp(output, *(own[name] for name in names))
+    pull: Callable[..., tuple[Tensor, ...]] = vjp(output, *(own[name] for name in names))[1]
     rows = []
     for column in columns:
         gradient = list(pull(column))

@@ -5,6 +5,7 @@ Importing this must stay cheap (``fxcurv --help`` answers without torch), so ver
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -27,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-VERBS = {
+VERBS: dict[str, dict[str, Callable[..., None]]] = {
     "Compile and train": {
         "compile": compile.run,
         "train": train.run,

@@ -88,8 +88,8 @@ def _hyper_options() -> list[inspect.Parameter]:
         made.append((name, Annotated[Optional[kind], option]))  # type: ignore[valid-type]  # noqa: UP045
     more = typer.Option("--set", metavar="NAME=VALUE", help="Any other; repeatable.", rich_help_panel=PANEL)
     made.append(("set_", Annotated[Optional[list[str]], more]))  # noqa: UP045
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return [inspect.Parameter(name, kind, default=None, annotation=annotation) for name, annotation in made]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return [inspect.Parameter(name, keyword, default=None, annotation=annotation) for name, annotation in made]
 
 
 def _collect(options: dict[str, Any]) -> dict[str, Any]:

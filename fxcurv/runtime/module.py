@@ -169,8 +169,8 @@ class CurvatureModule(nn.Module):
             return
         if engine.statistics.plain:
             raise FxcurvError(
-                "loss.backward() has already filled statistics of this step; use model.backward(loss, outputs) for each "
-                "micro-batch of a step, or none."
+                "loss.backward() has already filled statistics of this step; use model.backward(loss, outputs) for "
+                "each micro-batch of a step, or none."
             )
         key = (engine.method.seed, engine.step, engine.micro)
         batch, rows = self._batch, int(outputs.shape[0]) if outputs.ndim else 1

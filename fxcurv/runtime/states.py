@@ -78,10 +78,13 @@ class States:
 
 
 def initial(role: Role, type_: Type, device: torch.device) -> Tensor:
-    """How a state starts: zeros, ones, or a (batch of) identity."""
+    """How a state starts: zeros, ones, or a (batch of) identity.
+
+    Nothing writes into a state, so zeros and ones are one number expanded: they take memory from the first step on.
+    """
     shape = tuple(size or 0 for size in type_.shape)
     if role.init == "ones":
-        return torch.ones(shape, dtype=type_.dtype, device=device)
+        return torch.ones((), dtype=type_.dtype, device=device).expand(shape)
     if role.init == "eye":
         return torch.eye(shape[-1], dtype=type_.dtype, device=device).expand(shape).clone()
-    return torch.zeros(shape, dtype=type_.dtype, device=device)
+    return torch.zeros((), dtype=type_.dtype, device=device).expand(shape)

@@ -52,8 +52,8 @@ def transform(
     the export front-end and by the numeric proofs. loss: a name, an nn loss module or a loss object; without it the
     Fisher is empirical. frontend: "auto", "symbolic" or "export". backend: "auto", "aten" or "reference" kernels.
     layers, skip: fnmatch patterns on layer names or kinds. strict: an uncovered parameter is an error. proofs: all,
-    none or some of "coverage", "gradient", "output". on_nonfinite: "gradient" (a layer with a bad update keeps its gradient)
-    or "raise". passes, disable, check, fuel: the pipeline, passes left out by name, "none"/"types"/"numeric" checking
+    none or some of "coverage", "gradient", "output". on_nonfinite: "gradient" (a layer with a bad update keeps its
+    gradient) or "raise". passes, disable, check, fuel: the pipeline, passes left out by name, "none"/"types"/"numeric" checking
     and a limit on rewrites.
 
     Raises :class:`FxcurvError` when something above is unknown, nothing captures the model, or a proof fails.
