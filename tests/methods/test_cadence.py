@@ -139,6 +139,18 @@ def test_reductions_in_the_taps_equal_those_of_kept_rows(kind: str, fisher: str,
             torch.testing.assert_close(taken[1].direction[name], direction)
 
 
+@pytest.mark.parametrize("fuel", [1, 2, 3, 4])
+def test_some_statistics_reduced_and_some_kept(fuel: int) -> None:
+    """A Gram of inputs arrives once a batch, their kept rows once a column: sums and counts must not be mixed."""
+    net, x, y = ROWS["mlp"]()
+    whole, part = (
+        take(transform(net, "kfac", x, loss="cross_entropy", fisher="ggn", fuel=limit), x, y) for limit in (None, fuel)
+    )
+    for name in ("0", "2"):
+        for side, value in whole.factors(name).items():
+            torch.testing.assert_close(part.factors(name)[side], value)
+
+
 def test_micro_batches_of_different_lengths() -> None:
     """Sequences of four and of two tokens: every factor divides by the rows and terms that were there."""
     net = Attention()

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxcurv
 from fxcurv.errors import FxcurvError
+from fxcurv.layers.tap import TapSpec
 from tests.methods.nets import Attention, convnet, mlp
 from tests.methods.oracle import accumulate, transform
 
@@ -78,6 +79,26 @@ def test_tapped_forward_and_gradients_are_bitwise_those_of_the_plain_model(kind:
         for (name, p), q in zip(net.named_buffers(), twin.buffers(), strict=True):
             assert torch.equal(p, q), name
         model.precondition_()
+
+
+@pytest.mark.parametrize("fisher, backwards", [("mc", 1), ("ggn", 3), ("empirical", 1)])
+def test_the_gradient_pass_measures_nothing_again(fisher: str, backwards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every statistic of outputs is reduced once a curvature pass, every one of inputs once a batch."""
+    net, x, y = NETS["mlp"]()
+    model = transform(net, "kfac", x, loss="cross_entropy", fisher=fisher)
+    measured: list[str] = []
+    original = TapSpec.measure
+
+    def counted(spec: TapSpec, index: int, *operands: Any) -> Tensor:
+        measured.append(str(spec.statistics[index]))
+        return original(spec, index, *operands)
+
+    monkeypatch.setattr(TapSpec, "measure", counted)
+    outputs = model(x)
+    model.backward(F.cross_entropy(outputs, y), outputs)
+    assert {key: measured.count(key) for key in measured} == {
+        "gram(0.a)": 1, "count(0.a)": 1, "gram(0.g)": backwards, "gram(2.a)": 1, "count(2.a)": 1, "gram(2.g)": backwards
+    }  # fmt: skip
 
 
 def batches(net: nn.Module, x: Tensor, y: Tensor, parts: list[slice]) -> list[tuple[Tensor, Any, dict[str, Any]]]:

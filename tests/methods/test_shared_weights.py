@@ -62,6 +62,7 @@ def test_input_factor_of_an_embedding_is_the_token_frequencies(method: str) -> N
     )  # fmt: skip
     a, g = taken.factors("0")["A"], taken.factors("0")["G"]
     torch.testing.assert_close(a, torch.diag(frequencies(x, 7)))
+    assert taken.model.state_dict()["curvature.0.A"].shape == (7,)
     middle = net[0](x).detach().requires_grad_()
     (grad,) = torch.autograd.grad(F.cross_entropy(net[1:](middle), y, reduction="sum"), middle)
     torch.testing.assert_close(g, torch.einsum("bsi,bsj->ij", grad, grad) / 6)
