@@ -107,7 +107,7 @@ def insert_taps(
     partial: a call of another kind may leave out layers; without it a missing one raises :class:`FxcurvError`.
     """
     statistics = wanted(program)
-    state_types = {role: node.meta["type"] for role, node in program.inputs("state").items()}
+    types = {key: node.meta["type"] for role, node in program.inputs("state").items() for key in role.keys}
     by_layer: dict[str, list[str]] = {}
     for key, (expression, _) in statistics.items():
         by_layer.setdefault(_home(expression), []).append(key)
@@ -147,7 +147,7 @@ def insert_taps(
                 if state not in states:
                     with graph.inserting_after(anchor):
                         states[state] = graph.placeholder(f"state_{len(states)}")
-            kernels = _kernels(expressions, use, {k: t for role, t in state_types.items() for k in role.keys}, backend)
+            kernels = _kernels(expressions, use, types, backend)
             spec = TapSpec(use.form, expressions, len(use.aux), tuple(read), kernels)
             node = _insert(graph, copies, use, spec, [states[state] for state in read], operands)
             tapped.taps[node.name] = tuple(mine)

@@ -55,11 +55,10 @@ class TapSpec:
 
     def measure(self, index: int, x: Tensor, g: Tensor, extra: tuple[Tensor, ...]) -> Tensor:
         """Statistic ``index`` from the layer's input and output gradient."""
-        expression, aux, states = self.statistics[index], extra[: self.aux], extra[self.aux :]
-        if g.dtype in (torch.float16, torch.bfloat16):
-            g = g.float()
-        if x.dtype in (torch.float16, torch.bfloat16):
-            x = x.float()
+        expression, aux = self.statistics[index], extra[: self.aux]
+        dtype = torch.promote_types(g.dtype, torch.float32)  # states keep theirs when a model changes its own
+        g, x = g.to(dtype), x.to(dtype) if x.is_floating_point() else x
+        states = tuple(state.to(dtype) for state in extra[self.aux :])
         fast = REDUCTIONS.get(pattern(expression))
         read_states = tuple(states[self.states.index(x.key)] for x in leaves(expression) if isinstance(x, StateOf))
         result = None if fast is None else fast(self.form, x, g, aux, read_states)
