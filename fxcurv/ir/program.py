@@ -167,6 +167,16 @@ def infer(target: Any, operands: list[Any]) -> Type | tuple[Type, ...]:
     if target is operator.getitem:
         types, index = operands
         return types[index]
+    key = (target.name, *(tuple(operand) if isinstance(operand, list) else operand for operand in operands))
+    if key not in _INFERRED or len(_INFERRED) > 100_000:
+        _INFERRED[key] = _infer(target, operands)
+    return _INFERRED[key]
+
+
+_INFERRED: dict[Any, Any] = {}  # types are values: a program of equal layers asks the same questions again and again
+
+
+def _infer(target: Any, operands: list[Any]) -> Type | tuple[Type, ...]:
     try:
         return target.infer(*operands)
     except FxcurvError:

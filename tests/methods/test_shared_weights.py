@@ -157,9 +157,7 @@ def test_a_tied_table_has_the_heads_term_and_a_scaled_term_of_the_embedding(bias
 
 @pytest.mark.parametrize("method", ["kfac", "ekfac", "diag", "foof"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_large_vocabulary_never_makes_a_square_of_it(
-    method: str, tied: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_vocabulary_never_makes_a_square_of_it(method: str, tied: bool) -> None:
     """No tensor of 50,000 x 50,000, nor of rows x 50,000, beyond the logits: the largest new one is counted."""
     torch.set_default_dtype(torch.float32)
     words, size = 50_000, 4
