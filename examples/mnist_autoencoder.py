@@ -37,6 +37,8 @@ example_inputs = (torch.rand(4, WIDTHS[0], generator=torch.Generator().manual_se
 settings = {
     "sgd": {"lr": 0.01, "momentum": 0.95},  # 88.4 nats
     "adam": {"lr": 0.0015},  # 82.1 nats
+    "kfac": {"lr": 0.1, "damping": 0.1, "kl_clip": 0.1},
+    "ekfac": {"lr": 0.1, "damping": 0.1, "kl_clip": 0.1},
 }
 
 

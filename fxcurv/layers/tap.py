@@ -111,7 +111,7 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, *extra = ctx.saved_tensors
         spec: TapSpec = ctx.spec
-        wanted = _wanted(ctx, len(spec.statistics))
+        wanted = wanted_slots(ctx, len(spec.statistics))
         filled = [
             spec.measure(i, x.detach(), g.detach(), tuple(extra)).to(dtype).reshape(shape) if want else None
             for i, (want, (shape, dtype)) in enumerate(zip(wanted, ctx.slot_like, strict=True))
@@ -119,8 +119,11 @@ class Tap(torch.autograd.Function):
         return (None, g, None, *(None for _ in extra), *filled)
 
 
-def _wanted(ctx: Any, count: int) -> list[bool]:
-    """Which slots the running backward pass asks for. A compiled backward always computes all of them."""
+def wanted_slots(ctx: Any, count: int) -> list[bool]:
+    """Which of a function's last ``count`` inputs, its slots, the running backward pass asks for.
+
+    A compiled backward always computes all of them.
+    """
     if torch.compiler.is_compiling():
         return [True] * count
     if not _armed:

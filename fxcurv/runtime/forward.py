@@ -46,7 +46,7 @@ class TappedForward:
                 return value
             slot = engine.statistics.terms_slot(value.device, index)
             index += 1
-            return OutputTap.apply(value, slot, count_terms(engine.loss, value))
+            return OutputTap.apply(count_terms(engine.loss, value), value, slot)
 
         return pytree.tree_map(one, output)
 

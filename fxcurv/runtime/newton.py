@@ -78,6 +78,7 @@ def _move(parameters: list[nn.Parameter], start: list[Tensor], step: Tensor) -> 
     offset = 0
     with torch.no_grad():
         for parameter, origin in zip(parameters, start, strict=True):
-            part = step[offset : offset + parameter.numel()].view_as(parameter)
-            parameter.copy_(origin + part.to(parameter))
+            if parameter.requires_grad:  # the start from the last solution still has entries of one frozen since
+                part = step[offset : offset + parameter.numel()].view_as(parameter)
+                parameter.copy_(origin + part.to(parameter))
             offset += parameter.numel()

@@ -7,6 +7,7 @@ frozen in it, so within one step the operator is one fixed symmetric matrix; no 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class HessianOracle:
 
     def add(self, loss: Tensor) -> None:
         """Include a micro-batch's loss."""
-        self.gradients.append(torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True))
+        self.gradients.append(_gradients(loss, self.parameters, create_graph=True))
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """H v for vectors shaped like the parameters, in the parameters' dtypes."""
@@ -32,9 +33,7 @@ class HessianOracle:
             known = [(g, v) for g, v in zip(gradients, vectors, strict=True) if g is not None and g.requires_grad]
             pairs = [(g, v.to(g.dtype)) for g, v in known]
             if pairs:
-                products = torch.autograd.grad(
-                    [g for g, _ in pairs], self.parameters, [v for _, v in pairs], retain_graph=True, allow_unused=True
-                )
+                products = _gradients([g for g, _ in pairs], self.parameters, [v for _, v in pairs], retain_graph=True)
                 totals = [t if h is None else t + h.to(t.dtype) for t, h in zip(totals, products, strict=True)]
         return totals
 
@@ -51,7 +50,7 @@ class GGNOracle:
     def add(self, outputs: Tensor, targets: Tensor | None, mask: Tensor | None) -> None:
         """Include a micro-batch's outputs."""
         seed = torch.zeros_like(outputs).requires_grad_()
-        pulled = torch.autograd.grad(outputs, self.parameters, seed, create_graph=True, allow_unused=True)
+        pulled = _gradients(outputs, self.parameters, seed, create_graph=True)
         self.parts.append((outputs, seed, pulled, targets, mask))
         self.terms += float(self.loss.count(outputs, targets, mask))
 
@@ -62,6 +61,13 @@ class GGNOracle:
             pairs = [(p, v.to(p.dtype)) for p, v in zip(pulled, vectors, strict=True) if p is not None]
             (tangent,) = torch.autograd.grad([p for p, _ in pairs], [seed], [v for _, v in pairs], retain_graph=True)
             cotangent = self.loss.hessian_product(outputs, tangent, targets, mask)
-            back = torch.autograd.grad(outputs, self.parameters, cotangent, retain_graph=True, allow_unused=True)
+            back = _gradients(outputs, self.parameters, cotangent, retain_graph=True)
             totals = [t if g is None else t + g.to(t.dtype) for t, g in zip(totals, back, strict=True)]
         return [total / max(self.terms, 1.0) for total in totals]
+
+
+def _gradients(of: Any, parameters: Sequence[Tensor], columns: Any = None, **options: bool) -> tuple[Tensor | None, ...]:
+    """``torch.autograd.grad``; ``None`` for a parameter that is not reached or has been frozen since the transform."""
+    trainable = [p for p in parameters if p.requires_grad]
+    found = iter(torch.autograd.grad(of, trainable, columns, allow_unused=True, **options))
+    return tuple(next(found) if p.requires_grad else None for p in parameters)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.statistic import Call, RowsOf, StateOf, leaves, parse_statistic
 from fxcurv.ir.types import Type
+from fxcurv.layers.tap import wanted_slots
 from fxcurv.losses import Loss
 from fxcurv.passes.tap import Slot
 
@@ -155,19 +156,22 @@ class OutputTap(torch.autograd.Function):
     """The identity on a model output; its backward leaves the number of loss terms in a slot."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, slot: Tensor, terms: float) -> Tensor:
-        ctx.terms = terms
-        ctx.slot_like = (slot.dtype, slot.device)
+    def forward(ctx: Any, terms: Tensor, output: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(terms)
         return output.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        dtype, device = ctx.slot_like
-        return g, torch.full((), ctx.terms, dtype=dtype, device=device), None
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, Tensor | None]:  # type: ignore[override]
+        (terms,) = ctx.saved_tensors
+        return None, g, terms if wanted_slots(ctx, 1)[0] else None
 
 
-def count_terms(loss: Loss | None, output: Tensor) -> float:
-    """Loss terms in a model output, as far as the output alone tells: dimension 0 without a loss object."""
+def count_terms(loss: Loss | None, output: Tensor) -> Tensor:
+    """Loss terms in a model output, as far as the output alone tells: dimension 0 without a loss object.
+
+    0-dim float64 on the output's device; nothing waits for the device.
+    """
     if loss is None or loss.needs_targets:
-        return float(output.shape[0]) if output.ndim else 1.0
-    return float(loss.count(output))
+        rows = output.shape[0] if output.ndim else 1
+        return torch.full((), float(rows), dtype=torch.float64, device=output.device)
+    return loss.count(output.detach())
