@@ -163,7 +163,7 @@ class OutputTap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, Tensor | None]:  # type: ignore[override]
         (terms,) = ctx.saved_tensors
-        return None, g, terms if wanted_slots(ctx, 1)[0] else None
+        return None, g, terms.clone() if wanted_slots(ctx, 1)[0] else None
 
 
 def count_terms(loss: Loss | None, output: Tensor) -> Tensor:
