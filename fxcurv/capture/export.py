@@ -7,8 +7,11 @@ The exported program owns copies of names, not of tensors: here each becomes a p
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -39,12 +42,11 @@ def capture_export(model: nn.Module, call: Call) -> Captured:
     checkpointed: list[str] = []
     with (
         preserved(model),
-        warnings.catch_warnings(),
+        _quiet(),
         torch.enable_grad(),
         inlined_checkpoint(lambda: checkpointed.append(CHECKPOINT_NOTE)),
         replaced(torch.autograd.Function, apply=_refuse_functions(torch.autograd.Function.__dict__["apply"].__func__)),
     ):
-        warnings.simplefilter("ignore")  # about attributes that export itself assigns and that are restored here
         host = _Host(model, call)
         dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.dim() else None for leaf in call.leaves)
         try:
@@ -54,6 +56,20 @@ def capture_export(model: nn.Module, call: Call) -> Captured:
         except Exception as error:
             raise explain(error, "export") from error
     return _Converter(model, call, host.seen, program).captured(tuple(checkpointed[:1]))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Export warns of attributes that it assigns itself and that are restored here; when it fails, it logs and prints
+    half a graph first, where one sentence says it."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.disabled = before
 
 
 def _exporter() -> Callable[..., torch.export.ExportedProgram]:

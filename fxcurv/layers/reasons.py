@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxcurv.capture.proxies import IN_PLACE
 
@@ -39,7 +39,8 @@ def explain(node: fx.Node, module: Any) -> str:
     if node.op == "call_module":
         if "parametrizations" in dict(module.named_children()):
             return f"reaches {type(module).__name__} through a parametrisation"
-        return f"belongs to the module '{node.target}' of class {type(module).__name__}, which is no layer kind"
+        hint = ", but frontend='export' sees its projections" if isinstance(module, nn.MultiheadAttention) else ""
+        return f"belongs to the module '{node.target}' of class {type(module).__name__}, which is no layer kind{hint}"
     if node.target in _ELEMENTWISE:
         return "is used elementwise, not in a product"
     if node.target in _PARTS:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from fxcurv.errors import FxcurvError, FxcurvWarning
 from fxcurv.ir.program import REFRESH, STATISTICS, Role
 from fxcurv.losses import Loss
-from fxcurv.methods.facts import program_dtype
 from fxcurv.passes.lower import Lowered, Slice
 from fxcurv.passes.manager import Compilation
 from fxcurv.runtime.info import StepInfo
@@ -32,7 +31,8 @@ class Engine:
     """One transformed model's program, state and schedule.
 
     step counts finished steps, micro the backward calls of the running one. forced holds what ``due`` asked for.
-    overdue: a factorisation could not be renewed when it was due, so the next step tries again.
+    overdue: a factorisation could not be renewed when it was due, so the next step tries again. terms: loss terms behind
+    the last statistics. info: what the program reported in the last step (``kl_scale``, iterates).
     """
 
     def __init__(self, model: nn.Module, compilation: Compilation, loss: Loss | None, on_nonfinite: str) -> None:
@@ -58,6 +58,7 @@ class Engine:
         self.anchors = {name: name for name in self.places} | {t.name: t.weight for t in self.facts.targets if t.weight}
         self.states = States(self.lowered.program, self.device_of)
         self.commits = self.lowered.commits()
+        self.dtypes = {role: node.meta["type"].dtype for role, node in self.lowered.program.inputs("grad").items()}
         types = {role.key: node.meta["type"] for role, node in self.lowered.program.inputs("stat").items()}
         self.statistics = Statistics(tap_types(types))
         self.oracle: HessianOracle | GGNOracle | None = None
@@ -65,12 +66,14 @@ class Engine:
         self.micro = 0
         self.forced: dict[str, bool | None] = {STATISTICS: None, REFRESH: None}
         self.overdue = False
+        self.terms = 0.0
+        self.info: dict[str, Tensor] = {}
         self.warned: set[str] = set()
 
     def clone(self, model: nn.Module) -> Engine:
         """The same program with an independent copy of the state, for a copied model."""
         other = Engine(model, self.compilation, self.loss, self.on_nonfinite)
-        other.hyper, other.step, other.overdue = dict(self.hyper), self.step, self.overdue
+        other.hyper, other.step, other.overdue, other.terms = dict(self.hyper), self.step, self.overdue, self.terms
         other.forced = dict(self.forced)
         other.states = self.states.clone()
         return other
@@ -163,7 +166,8 @@ class Engine:
     def _inputs(self, current: Slice, terms: float, scales: tuple[float, float], rate: float | None) -> dict[Role, Any]:
         parameters, (scale, captured_scale) = self.parameters(), scales
         summed = self.loss is not None and self.loss.reduction == "sum"
-        factor = 1.0 / (scale * (terms if summed and terms else 1.0))
+        # between statistics a summed gradient is taken to have as many terms as when they were last counted
+        factor = 1.0 / (scale * ((terms or self.terms or 1.0) if summed else 1.0))
         numbers = {**self.hyper, "seed": float(self.method.seed), "step": float(self.step)}
         if rate is not None:
             numbers["lr"] = rate
@@ -172,7 +176,7 @@ class Engine:
             if role.kind == "grad":
                 parameter = parameters[role.key]
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
-                grad = grad.to(program_dtype(parameter.dtype))
+                grad = grad.to(self.dtypes[role])
                 inputs[role] = grad if factor == 1.0 else grad * factor
             elif role.kind == "state":
                 inputs[role] = self.states.values[role]
@@ -197,7 +201,7 @@ class Engine:
     ) -> StepInfo:
         flags = {role.key: value for role, value in results.items() if role.kind == "flag"}
         fallback: set[str] = set()
-        self.overdue = self.overdue and REFRESH not in due
+        self.retry = False
         repaired: tuple[str, ...] = ()
         kept: tuple[str, ...] = ()
         if flags and not bool(torch.stack([f.reshape(()) for f in flags.values()]).all()):
@@ -205,13 +209,14 @@ class Engine:
                 where = ", ".join(sorted(key.rpartition(":")[0] for key, flag in flags.items() if not bool(flag)))
                 raise FxcurvError(f"step {self.step}: not finite in {where}; nothing was changed.")
             results, fallback, repaired, kept = self._recover(due, inputs, results, flags)
+        self.overdue = bool(REFRESH in due and self.retry) or (self.overdue and REFRESH not in due)
+        self.terms = terms or self.terms
         for role, value in results.items():
             if role.kind == "state":
                 self.states.values[role] = value
         self._write(results, fallback, scale)
-        scalars = {role.key: value for role, value in results.items() if role.kind == "info"}
-        self.last_info = scalars
-        clip = scalars.get("kl_scale")
+        self.info = {role.key: value for role, value in results.items() if role.kind == "info"}
+        clip = self.info.get("kl_scale")
         return StepInfo(
             self.step,
             statistics=STATISTICS in due and (self.method.source.taps or self.oracle is not None),
@@ -261,7 +266,7 @@ class Engine:
         fallback = (
             {owner for owner in steps if f"{owner}:step" not in good} | (bad_statistics & steps) | (never & steps)
         )
-        self.overdue = self.overdue or bool(REFRESH in due and (lost or bad_statistics))
+        self.retry = bool(lost or bad_statistics)
         self._warn(fallback, lost)
         return {**committed, **updates, **rest}, fallback, tuple(sorted(owners - lost)), tuple(sorted(lost))
 

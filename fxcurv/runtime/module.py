@@ -42,7 +42,7 @@ class CurvatureModule(nn.Module):
         own["_parameters"], own["_buffers"], own["_modules"] = model._parameters, model._buffers, model._modules
         own["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
         own["_model"], own["_engine"], own["_forwards"] = model, engine, forwards
-        own["_batch"] = None
+        own["_batches"] = []
         own["training"] = model.training
         own["_tapped"] = False
         self._arm()
@@ -75,7 +75,9 @@ class CurvatureModule(nn.Module):
 
     @torch.compiler.disable
     def _note_batch(self, leaves: list[Tensor]) -> None:
-        self.__dict__["_batch"] = next((int(x.shape[0]) for x in leaves if x.ndim), None)
+        if self.__dict__.pop("_consumed", False):  # a backward call has come since the last forward
+            self._batches.clear()
+        self._batches.extend([int(x.shape[0]) for x in leaves if x.ndim][:1])
 
     def _drop_abandoned(self) -> None:
         """Forget statistics whose gradients somebody has zeroed: their step was abandoned.
@@ -113,6 +115,12 @@ class CurvatureModule(nn.Module):
         other = CurvatureModule(model, self._engine.clone(model), self._forwards.clone())
         memo[id(self)] = other
         return other
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise FxcurvError(
+            "a transformed model cannot be pickled whole; save model.state_dict(), or the plain model.strip(), and "
+            "call fxcurv.transform again where it is loaded."
+        )
 
     def _arm(self) -> None:
         """Decide whether the coming forward passes are tapped: the one bool that ``forward`` branches on."""
@@ -173,8 +181,10 @@ class CurvatureModule(nn.Module):
                 "each micro-batch of a step, or none."
             )
         key = (engine.method.seed, engine.step, engine.micro)
-        batch, rows = self._batch, int(outputs.shape[0]) if outputs.ndim else 1
-        examples = batch if batch and rows != batch and rows % batch == 0 else None
+        rows = int(outputs.shape[0]) if outputs.ndim else 1
+        # Among several forwards that may have made these outputs the smallest batch is right for all: it only asks for
+        # more columns.
+        examples = min((batch for batch in self._batches if batch and rows % batch == 0), default=None)
         run_columns(
             engine.statistics, outputs, columns(source, engine.loss, outputs.detach(), key, targets, mask, examples)
         )
@@ -183,6 +193,7 @@ class CurvatureModule(nn.Module):
         with disarmed():
             loss.backward(**backward_kwargs)
         engine.statistics.forget_slots()
+        self.__dict__["_consumed"] = True
 
     def _check_outputs(self, outputs: Tensor | None) -> None:
         engine = self._engine
@@ -303,7 +314,12 @@ class CurvatureModule(nn.Module):
 
     def _curvature_entries(self) -> dict[str, Tensor]:
         engine = self._engine
-        return {**engine.states.named(), "step": torch.tensor(engine.step), "overdue": torch.tensor(engine.overdue)}
+        schedule = {
+            "step": torch.tensor(engine.step),
+            "overdue": torch.tensor(engine.overdue),
+            "terms": torch.tensor(engine.terms, dtype=torch.float64),
+        }
+        return {**engine.states.named(), **schedule}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self._model._save_to_state_dict(destination, prefix, keep_vars)
@@ -335,17 +351,16 @@ class CurvatureModule(nn.Module):
         known = set(self._curvature_entries())
         missing_keys += [f"{start}{key}" for key in sorted(known - set(entries))]
         unexpected_keys += [f"{start}{key}" for key in sorted(set(entries) - known)]
-        step, overdue = entries.pop("step", None), entries.pop("overdue", None)
+        schedule = {key: entries.pop(key) for key in ("step", "overdue", "terms") if key in entries}
         values = engine.states.check({key: value for key, value in entries.items() if key in known})
         plain = {key: value for key, value in state_dict.items() if not key.startswith(start)}
         self._model._load_from_state_dict(
             plain, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         engine.states.load(values)
-        if step is not None:
-            engine.step = int(step)
-        if overdue is not None:
-            engine.overdue = bool(overdue)
+        engine.step = int(schedule.get("step", engine.step))
+        engine.overdue = bool(schedule.get("overdue", engine.overdue))
+        engine.terms = float(schedule.get("terms", engine.terms))
         engine.discard()
         self._arm()
 

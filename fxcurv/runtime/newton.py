@@ -44,7 +44,7 @@ def newton_step(
         with torch.no_grad():
             return float(closure())
 
-    iterates, models = engine.last_info["iterates"], engine.last_info["model_values"]
+    iterates, models = engine.info["iterates"], engine.info["model_values"]
     best, chosen = value(iterates[-1]), len(iterates) - 1
     while chosen > 0:
         candidate = value(iterates[chosen - 1])

@@ -105,6 +105,11 @@ def make_report(engine: Engine) -> Report:
             source=source,
             chain=tuple(chain),
         )
+    for name, parameter in engine.model.named_parameters():
+        if parameter.requires_grad and name not in rows:
+            reason = "It was frozen when the model was transformed; transform the model again to cover it."
+            shape, kind = tuple(parameter.shape), method.source.kind
+            rows[name] = Row(name, parameter.numel(), "", "", shape, 0, kind, "gradient only", reason)
     notes = list(compilation.captured.notes) if compilation.captured is not None else []
     if compilation.options.get("empirical_by_default"):
         notes.append("no loss= was given, so the Fisher is empirical: the training loss's own gradients")

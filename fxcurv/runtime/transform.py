@@ -69,6 +69,8 @@ def transform(
         raise FxcurvError(
             f"'{chosen.name}' multiplies with the loss's curvature: pass loss=, e.g. loss='cross_entropy'."
         )
+    if chosen.source.kind == "ggn_product" and loss_object is not None and loss_object.reduction == "sum":
+        raise FxcurvError(f"'{chosen.name}' compares losses with a model of the mean loss: use reduction='mean'.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise FxcurvError(f"{type(model).__name__} has no trainable parameter.")
     given = example_inputs is not None or example_kwargs is not None

@@ -139,6 +139,23 @@ def test_micro_batches_by_plain_backward_add_up() -> None:
     assert_same(whole, model)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_forwards_before_backwards_keep_their_own_batch(order: tuple[int, int]) -> None:
+    """Exact columns of flattened tokens need the number of examples of the forward that made them, not of the last."""
+    net = Attention(flat=True)
+    parts = [(torch.randn(n, 4, 3), torch.randint(0, 3, (4 * n,))) for n in (2, 4)]
+    options = {"loss": "cross_entropy", "fisher": "ggn"}
+    one, other = (transform(net, "diag", parts[0][0], **options) for _ in range(2))
+    arguments = [(x, lambda f, y=y: F.cross_entropy(f, y) * len(y) / 24, {}) for x, y in parts]
+    expected = accumulate(one, arguments).factors("q")["D"]
+    other.zero_grad()
+    outputs = {i: other(parts[i][0]) for i in order}
+    for i in (0, 1):
+        other.backward(F.cross_entropy(outputs[i], parts[i][1]) * len(parts[i][1]) / 24, outputs[i])
+    other.precondition_()
+    torch.testing.assert_close(other.factors("q")["D"], expected)
+
+
 def test_micro_batches_draw_different_labels() -> None:
     """Two equal micro-batches are two draws: their mean is that of neither."""
     net, x, y = NETS["mlp"]()

@@ -197,7 +197,7 @@ def test_conjugate_gradients_reach_the_newton_step_of_a_quadratic() -> None:
     gradient = packed(list(torch.autograd.grad(before, list(net.parameters()))))
     opt.step(closure_of(model, opt, data[0], user))
     torch.testing.assert_close(flat(net)[1], theta - torch.linalg.solve(dense, gradient))
-    iterates, values = model._engine.last_info["iterates"], model._engine.last_info["model_values"]
+    iterates, values = model._engine.info["iterates"], model._engine.info["model_values"]
     assert len(iterates) <= 4  # 8 unknowns, but 4 distinct eigenvalues: every output has the same Hessian
     torch.testing.assert_close(user(net(data[0])) - before, values[-1])  # the quadratic model is the loss: rho = 1
     for row, value in zip(iterates, values, strict=True):
@@ -231,7 +231,7 @@ def test_the_damped_step_is_the_dense_solve_and_the_model_value_is_undamped() ->
     opt = fxcurv.optimizer(model)
     gradient = packed(list(torch.autograd.grad(user(net(x)), list(net.parameters()))))
     opt.step(closure_of(model, opt, x, user))
-    iterates, values = model._engine.last_info["iterates"], model._engine.last_info["model_values"]
+    iterates, values = model._engine.info["iterates"], model._engine.info["model_values"]
     solved = -torch.linalg.solve(dense + 0.05 * torch.eye(len(dense)), gradient)
     torch.testing.assert_close(iterates[-1], solved, rtol=1e-6, atol=1e-9)
     for row, value in zip(iterates, values, strict=True):
