@@ -29,6 +29,8 @@ SOURCES = {
     "ggn_product": "products with the generalised Gauss-Newton matrix of the training loss",
 }
 
+WEIGHTS_OF_OLD = ("ema", "beta1", "beta2")
+
 
 @dataclass(frozen=True)
 class Source:
@@ -58,8 +60,8 @@ class Every:
 
     def __post_init__(self) -> None:
         for name, period in (("factor_every", self.factors), ("solve_every", self.solve)):
-            if period < 1:
-                raise FxcurvError(f"{name}={period} must be at least 1.")
+            if period < 1 or period != int(period):
+                raise FxcurvError(f"{name}={period} must be a whole number of steps, at least 1.")
 
     @property
     def cadences(self) -> dict[str, int]:
@@ -157,8 +159,10 @@ class Method:
         if self.sharing not in ("expand", "reduce"):
             raise FxcurvError(f"sharing='{self.sharing}' must be 'expand' or 'reduce'.")
         for name, value in self.hyper.items():
-            if value < 0:
+            if not value >= 0:
                 raise FxcurvError(f"{name}={value} must not be negative.")
+            if name in WEIGHTS_OF_OLD and value > 1:
+                raise FxcurvError(f"{name}={value} is the weight of the old value in an average: at most 1.")
 
     def build(self, facts: Facts) -> Program:
         """The update program of this method for a model."""

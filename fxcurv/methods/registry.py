@@ -56,6 +56,10 @@ class Published:
             raise FxcurvError(f"method '{self.name}' has no hyper-parameter '{unknown[0]}'; it has {known}.")
         o = SimpleNamespace(**{**self.defaults, **hyper})
         method = self.compose(o)
+        for name, default in self.defaults.items():
+            value = getattr(o, name)
+            if isinstance(default, (int, float)) and value is not None and not isinstance(value, (int, float)):
+                raise FxcurvError(f"{name}={value!r} of method '{self.name}' must be a number.")
         numbers = {n: float(getattr(o, n)) for n in RUN_TIME if getattr(o, n, None) is not None}
         return replace(
             method,
@@ -93,6 +97,8 @@ def get_method(method: str | Method, **hyper: Any) -> Method:
             known = ", ".join(method.hyper)
             raise FxcurvError(f"the given Method has no run-time number '{unknown[0]}'; it has {known}.")
         return replace(method, hyper={**method.hyper, **{name: float(value) for name, value in hyper.items()}})
+    if not isinstance(method, str):
+        raise FxcurvError(f"method= is a {type(method).__name__}; pass a name or a Method.")
     if method not in PUBLISHED:
         near = difflib.get_close_matches(method, PUBLISHED, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(PUBLISHED))}."

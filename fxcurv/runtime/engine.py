@@ -25,6 +25,7 @@ from fxcurv.runtime.repair import repair
 from fxcurv.runtime.sources import weight
 from fxcurv.runtime.states import States
 from fxcurv.runtime.statistics import Statistics, tap_types
+from fxcurv.runtime.written import Written
 
 
 class Engine:
@@ -69,6 +70,7 @@ class Engine:
         self.terms = 0.0
         self.info: dict[str, Tensor] = {}
         self.warned: set[str] = set()
+        self.written = Written()
 
     def clone(self, model: nn.Module) -> Engine:
         """The same program with an independent copy of the state, for a copied model."""
@@ -107,6 +109,7 @@ class Engine:
             return StepInfo(self.step, skipped=True)
         due = self.due()
         terms = self._check_statistics(STATISTICS in due)
+        self.written.check(p.grad for p in self.parameters().values())
         current = self.lowered.slice(due)
         inputs = self._inputs(current, terms, (scale, captured_scale), rate)
         results = dict(zip(current.outputs, current.function(*inputs.values()), strict=True))
@@ -290,6 +293,7 @@ class Engine:
             grad = parameters[role.key].grad
             if grad is not None:
                 grad.detach().copy_(value if scale == 1.0 else value * scale)
+                self.written.mark(grad)
 
 
 def gradient_scale(scaler: Any, parameters: Iterable[Tensor]) -> tuple[float, float, bool]:

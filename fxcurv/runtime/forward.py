@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fxcurv.capture import Call, Captured, Runner, capture
+from fxcurv.capture.structure import flatten_output
 from fxcurv.layers.detect import detect
 from fxcurv.passes.tap import Tapped, insert_taps
 from fxcurv.runtime.engine import Engine
@@ -38,17 +38,14 @@ class TappedForward:
 
     def count_outputs(self, engine: Engine, output: Any) -> Any:
         """Tap every differentiable tensor of the output with the number of its loss terms."""
+        values, structure = flatten_output(output, lambda value: isinstance(value, Tensor))
         index = 0
-
-        def one(value: Any) -> Any:
-            nonlocal index
-            if not (isinstance(value, Tensor) and value.requires_grad):
-                return value
-            slot = engine.statistics.terms_slot(value.device, index)
-            index += 1
-            return OutputTap.apply(count_terms(engine.loss, value), value, slot)
-
-        return pytree.tree_map(one, output)
+        for i, value in enumerate(values):
+            if value.requires_grad:
+                slot = engine.statistics.terms_slot(value.device, index)
+                values[i] = OutputTap.apply(count_terms(engine.loss, value), value, slot)
+                index += 1
+        return structure(values) if index else output
 
 
 class Forwards:

@@ -151,6 +151,7 @@ class CurvatureModule(nn.Module):
         """
         if not torch.is_grad_enabled():
             return
+        _check_call(loss, outputs)
         engine = self._engine
         source = engine.method.source
         if source.kind == "gradient" or not self._tapped:
@@ -378,6 +379,16 @@ def _check_keys(found: set[str], known: set[str], method: str) -> None:
         raise FxcurvError(
             f"the state dict {what}{f' ({more} more keys differ)' if more else ''}: it was saved by another method or "
             f"model than this '{method}'; transform with the same settings, or pass strict=False."
+        )
+
+
+def _check_call(loss: Any, outputs: Any) -> None:
+    if not isinstance(loss, Tensor):
+        raise FxcurvError(f"model.backward takes the loss, a tensor, first; got a {type(loss).__name__}.")
+    if outputs is not None and not isinstance(outputs, Tensor):
+        raise FxcurvError(
+            f"the outputs given to model.backward are a {type(outputs).__name__}; give the one tensor that went into the "
+            "loss function."
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxcurv.errors import FxcurvError
 from fxcurv.runtime.info import StepInfo
 from fxcurv.runtime.module import CurvatureModule
 
@@ -34,6 +35,8 @@ def newton_step(
     engine.hyper["damping"] = float(group["damping"])
     with torch.enable_grad():
         loss = closure()
+    if not isinstance(loss, Tensor):
+        raise FxcurvError(f"the closure given to opt.step must return the loss, got a {type(loss).__name__}.")
     gradient = _flatten(p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters)
     info = model._precondition(None, None)
     start = [p.detach().clone() for p in parameters]

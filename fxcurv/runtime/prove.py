@@ -38,13 +38,14 @@ def prove_transform(module: Any, call: Call, proofs: set[str], strict: bool) -> 
     if compilation.captured is None or not call.real:
         return
     model = engine.model
+    plain = _plain_output(model, call) if proofs - {"coverage"} else None
     if "gradient" in proofs:
         chosen = Detection(compilation.layers, ())
         faults = prove(compilation.captured, chosen, model, call.leaves)
         if faults:
             raise FxcurvError(f"{faults[0]} Skip the layer with skip=, or leave this proof out with proofs=().")
     if "output" in proofs and compilation.tapped is not None:
-        difference = _output_difference(module, call)
+        difference = _output_difference(module, call, plain)
         if difference:
             raise FxcurvError(
                 f"the captured graph's output differs from the model's ({difference}): its forward does something that "
@@ -52,13 +53,24 @@ def prove_transform(module: Any, call: Call, proofs: set[str], strict: bool) -> 
             )
 
 
-def _output_difference(module: Any, call: Call) -> str:
+def _plain_output(model: Any, call: Call) -> Any:
+    """The model's own output; raises :class:`FxcurvError` when the example inputs are no call that it accepts."""
+    args, kwargs = call.rebuild([leaf.detach() for leaf in call.leaves])
+    try:
+        with preserved(model), torch.no_grad():
+            torch.manual_seed(0)
+            return model(*args, **kwargs)
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message").rstrip(".")
+        raise FxcurvError(
+            f"{type(model).__name__} itself fails on the example inputs ({type(error).__name__}: {reason}); pass the "
+            "arguments that a training step passes."
+        ) from error
+
+
+def _output_difference(module: Any, call: Call, plain: Any) -> str:
     engine, leaves = module._engine, [leaf.detach() for leaf in call.leaves]
-    args, kwargs = call.rebuild(leaves)
     forward = module._forwards.known[call.key]
-    with preserved(engine.model), torch.no_grad():
-        torch.manual_seed(0)
-        plain = engine.model(*args, **kwargs)
     with preserved(engine.model), torch.no_grad():
         torch.manual_seed(0)
         tapped = forward(engine, leaves)

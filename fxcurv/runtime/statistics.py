@@ -97,10 +97,17 @@ class Statistics:
                 slot.grad = None
 
     def take_plain(self) -> None:
-        """Accept what a plain backward pass left: sums and the number of loss terms counted at the outputs."""
+        """Accept what a plain backward pass left: sums and the number of loss terms counted at the outputs.
+
+        Raises :class:`FxcurvError` when the backward reached the layers, but none of the model's outputs.
+        """
         counts = [float(s.grad) for (key, _), s in self.slots.items() if key.startswith(TERMS) and s.grad is not None]
-        if counts:
-            self.terms = self.terms + max(counts)
+        if not counts:
+            raise FxcurvError(
+                "the loss reached layers of the model but none of its outputs, so its terms could not be counted: call "
+                "model.backward(loss, outputs) in place of loss.backward()."
+            )
+        self.terms = self.terms + max(counts)
         self.collect()
 
     def forget_slots(self) -> None:

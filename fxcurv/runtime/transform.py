@@ -73,6 +73,11 @@ def transform(
         raise FxcurvError(f"'{chosen.name}' compares losses with a model of the mean loss: use reduction='mean'.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise FxcurvError(f"{type(model).__name__} has no trainable parameter.")
+    if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
+        raise FxcurvError(
+            f"example_inputs is a {type(example_inputs).__name__}; pass a tuple with the positional arguments of one call, "
+            "such as example_inputs=(x,)."
+        )
     given = example_inputs is not None or example_kwargs is not None
     call = Call.of(model, tuple(example_inputs or ()), example_kwargs) if given else Call.default(model)
     compilation = Compilation(model=model, method=chosen, fuel=fuel, check=check)
@@ -114,6 +119,12 @@ def transform(
 def _plain(model: nn.Module) -> nn.Module:
     if isinstance(model, CurvatureModule):
         raise FxcurvError("the model is transformed already; call strip() on it first.")
+    inner = [n for n, m in model.named_modules() if isinstance(m, CurvatureModule)] if isinstance(model, nn.Module) else []
+    if inner:
+        raise FxcurvError(
+            f"the sub-module '{inner[0]}' is transformed already; put its strip() in its place, or train it by its own "
+            "backward and precondition_ and leave the whole model plain."
+        )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise FxcurvError(
             "transform the model before wrapping it: DistributedDataParallel(fxcurv.transform(net, ...))."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -523,3 +524,41 @@ def test_mixed_precision_of_parameters():
         model = make(Mixed(), method)
         step(model, x, y)
         assert grads_finite(model)
+
+
+@dataclass
+class Output:
+    """What a model library returns."""
+
+    logits: Tensor
+    note: str = ""
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: Tensor) -> Output:
+        return Output(self.inner(x))
+
+
+def test_terms_are_counted_in_outputs_of_any_class():
+    x, y = batch()
+    model = fxcurv.transform(Wrapped(), "kfac")
+    out = model(x)
+    assert isinstance(out, Output) and out.note == ""
+    F.cross_entropy(out.logits, y).backward()
+    info = model.precondition_()
+    assert info.terms == len(x) and model.factors("inner.4")["G"].any()
+
+
+def test_a_loss_past_the_outputs_is_an_error():
+    x, _ = batch()
+    model = fxcurv.transform(mlp(), "kfac")
+    seen = []
+    model.strip()[2].register_forward_hook(lambda module, args, output: seen.append(output))
+    model(x)
+    seen[-1].square().mean().backward()
+    with pytest.raises(fxcurv.FxcurvError, match=r"none of its outputs|no statistics"):
+        model.precondition_()
