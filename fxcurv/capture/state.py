@@ -10,7 +10,7 @@ import contextlib
 import copy
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import torch
@@ -90,22 +90,32 @@ def _equal(a: Any, b: Any) -> bool:
     return type(a) is type(b) and isinstance(a, (int, float, str, bytes)) and a == b
 
 
-@contextlib.contextmanager
-def random_state() -> Iterator[None]:
-    """Restore the random number generators of torch, CUDA, Python and NumPy on exit."""
+def remember_random_state() -> Callable[[], None]:
+    """What sets the random number generators of torch, CUDA, Python and NumPy back to where they are now."""
     cpu, python = torch.get_rng_state(), random.getstate()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     numpy = sys.modules.get("numpy")
     array = None if numpy is None else numpy.random.get_state()
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         torch.set_rng_state(cpu)
         random.setstate(python)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
         if numpy is not None:
             numpy.random.set_state(array)
+
+    return restore
+
+
+@contextlib.contextmanager
+def random_state() -> Iterator[None]:
+    """Restore the random number generators on exit."""
+    restore = remember_random_state()
+    try:
+        yield
+    finally:
+        restore()
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """The engine: runs the slices of a program, commits their results, and keeps the schedule.
 
-A step runs one slice. The slice reports by flags which of its results are finite; here is decided what follows: states
-are kept only where all flags of their owners hold, failed factorisations go through the repair ladder, a layer with a
-bad update keeps its gradient. With everything finite (one look at one number) results are simply taken over.
+A step runs one slice. The slice reports by flags which of its results are finite; here is decided what follows (see
+:mod:`fxcurv.runtime.recover`). With everything finite, one look at one number, results are simply taken over.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from fxcurv.passes.lower import Lowered, Slice
 from fxcurv.passes.manager import Compilation
 from fxcurv.runtime.info import StepInfo
 from fxcurv.runtime.oracles import GGNOracle, HessianOracle
-from fxcurv.runtime.repair import repair
+from fxcurv.runtime.recover import Recovery, recover
 from fxcurv.runtime.sources import weight
 from fxcurv.runtime.states import States
 from fxcurv.runtime.statistics import Statistics, tap_types
@@ -31,7 +30,7 @@ from fxcurv.runtime.written import Written
 class Engine:
     """One transformed model's program, state and schedule.
 
-    step counts finished steps, micro the backward calls of the running one. forced holds what ``due`` asked for.
+    step counts finished steps, micro the backward calls of the running one; with seed they fix all random draws. forced holds what ``due`` asked for.
     overdue: a factorisation could not be renewed when it was due, so the next step tries again. terms: loss terms behind
     the last statistics. info: what the program reported in the last step (``kl_scale``, iterates).
     """
@@ -63,6 +62,7 @@ class Engine:
         types = {role.key: node.meta["type"] for role, node in self.lowered.program.inputs("stat").items()}
         self.statistics = Statistics(tap_types(types))
         self.oracle: HessianOracle | GGNOracle | None = None
+        self.seed = self.method.seed
         self.step = 0
         self.micro = 0
         self.forced: dict[str, bool | None] = {STATISTICS: None, REFRESH: None}
@@ -76,7 +76,7 @@ class Engine:
         """The same program with an independent copy of the state, for a copied model."""
         other = Engine(model, self.compilation, self.loss, self.on_nonfinite)
         other.hyper, other.step, other.overdue, other.terms = dict(self.hyper), self.step, self.overdue, self.terms
-        other.forced = dict(self.forced)
+        other.seed, other.forced = self.seed, dict(self.forced)
         other.states = self.states.clone()
         return other
 
@@ -171,7 +171,7 @@ class Engine:
         summed = self.loss is not None and self.loss.reduction == "sum"
         # between statistics a summed gradient is taken to have as many terms as when they were last counted
         factor = 1.0 / (scale * ((terms or self.terms or 1.0) if summed else 1.0))
-        numbers = {**self.hyper, "seed": float(self.method.seed), "step": float(self.step)}
+        numbers = {**self.hyper, "seed": float(self.seed), "step": float(self.step)}
         if rate is not None:
             numbers["lr"] = rate
         inputs: dict[Role, Any] = {}
@@ -203,22 +203,20 @@ class Engine:
         self, due: frozenset[str], inputs: dict[Role, Any], results: dict[Role, Any], terms: float, scale: float
     ) -> StepInfo:
         flags = {role.key: value for role, value in results.items() if role.kind == "flag"}
-        fallback: set[str] = set()
-        self.retry = False
-        repaired: tuple[str, ...] = ()
-        kept: tuple[str, ...] = ()
+        found = Recovery(results)
         if flags and not bool(torch.stack([f.reshape(()) for f in flags.values()]).all()):
             if self.on_nonfinite == "raise":
                 where = ", ".join(sorted(key.rpartition(":")[0] for key, flag in flags.items() if not bool(flag)))
                 raise FxcurvError(f"step {self.step}: not finite in {where}; nothing was changed.")
-            results, fallback, repaired, kept = self._recover(due, inputs, results, flags)
-        self.overdue = bool(REFRESH in due and self.retry) or (self.overdue and REFRESH not in due)
+            found = recover(self.lowered, due, inputs, results, self.states.values, self.commits)
+            self._warn(found)
+        self.overdue = found.retry or (self.overdue and REFRESH not in due)
         self.terms = terms or self.terms
-        for role, value in results.items():
+        for role, value in found.results.items():
             if role.kind == "state":
                 self.states.values[role] = value
-        self._write(results, fallback, scale)
-        self.info = {role.key: value for role, value in results.items() if role.kind == "info"}
+        self._write(found, scale)
+        self.info = {role.key: value for role, value in found.results.items() if role.kind == "info"}
         clip = self.info.get("kl_scale")
         return StepInfo(
             self.step,
@@ -226,57 +224,15 @@ class Engine:
             refresh=REFRESH in due,
             terms=terms,
             kl_scale=None if clip is None else float(clip),
-            fallback=tuple(sorted(fallback)),
-            repaired=repaired,
-            kept=kept,
+            fallback=tuple(sorted(found.fallback)),
+            repaired=tuple(sorted(found.repaired)),
+            kept=tuple(sorted(found.kept)),
         )
 
-    def _recover(
-        self, due: frozenset[str], inputs: dict[Role, Any], results: dict[Role, Any], flags: dict[str, Tensor]
-    ) -> tuple[dict[Role, Any], set[str], tuple[str, ...], tuple[str, ...]]:
-        """The results to commit after something was not finite, with fallback, repaired and kept layers."""
-        good = {key for key, flag in flags.items() if bool(flag)}
-
-        def holds(role: Role, cadences: Iterable[str]) -> bool:
-            pairs = [(owner, every) for owner, every in self.commits[role] if every in cadences and every in due]
-            return all(f"{owner}:{every}" in good for owner, every in pairs)
-
-        bad_statistics = {key.rpartition(":")[0] for key in flags if key.endswith(f":{STATISTICS}") and key not in good}
-        states = {role: value for role, value in results.items() if role.kind == "state"}
-        failed = [
-            r
-            for r in states
-            if not holds(r, (REFRESH,)) and not bad_statistics & {owner for owner, _ in self.commits[r]}
-        ]
-        fixed = repair(self.lowered, due, inputs, failed) if failed else {}
-        committed = {r: v for r, v in states.items() if holds(r, due)} | fixed
-        owners = {owner for role in failed for owner, _ in self.commits[role]}
-        lost = {o for r in failed if r not in fixed for o, _ in self.commits[r]}
-        updates = {role: value for role, value in results.items() if role.kind == "update"}
-        rest = {role: value for role, value in results.items() if role.kind == "info"}
-        if failed or bad_statistics:
-            renewed = self.lowered.slice(())
-            values = {**inputs, **{r: committed.get(r, self.states.values[r]) for r in self.states.values}}
-            missing = [role for role in renewed.inputs if role not in values]
-            if not missing:
-                second = dict(zip(renewed.outputs, renewed.function(*(values[r] for r in renewed.inputs)), strict=True))
-                updates = {role: value for role, value in second.items() if role.kind == "update"}
-                rest |= {role: value for role, value in second.items() if role.kind == "info"}
-                good -= {key for key in good if key.endswith(":step")}
-                good |= {role.key for role, value in second.items() if role.kind == "flag" and bool(value)}
-        never = {o for o in lost if all(not bool(self.states.values[r].any()) for r in failed if r not in fixed)}
-        steps = {key.rpartition(":")[0] for key in flags if key.endswith(":step")}
-        fallback = (
-            {owner for owner in steps if f"{owner}:step" not in good} | (bad_statistics & steps) | (never & steps)
-        )
-        self.retry = bool(lost or bad_statistics)
-        self._warn(fallback, lost)
-        return {**committed, **updates, **rest}, fallback, tuple(sorted(owners - lost)), tuple(sorted(lost))
-
-    def _warn(self, fallback: set[str], lost: set[str]) -> None:
+    def _warn(self, found: Recovery) -> None:
         for cause, names, what in (
-            ("fallback", fallback, "keep their plain gradient in this step because something was not finite"),
-            ("kept", lost, "keep their previous factorisation because the new one failed at every damping"),
+            ("fallback", found.fallback, "keep their plain gradient in this step because something was not finite"),
+            ("kept", found.kept, "keep their previous factorisation because the new one failed at every damping"),
         ):
             if names and cause not in self.warned:
                 self.warned.add(cause)
@@ -284,11 +240,11 @@ class Engine:
                     f"layers {', '.join(sorted(names))} {what} (step {self.step}).", FxcurvWarning, stacklevel=5
                 )
 
-    def _write(self, results: dict[Role, Any], fallback: set[str], scale: float) -> None:
+    def _write(self, found: Recovery, scale: float) -> None:
         parameters = self.parameters()
         owner_of = {name: target.name for target in self.facts.targets for name in (target.weight, target.bias) if name}
-        for role, value in results.items():
-            if role.kind != "update" or owner_of.get(role.key, role.key) in fallback:
+        for role, value in found.results.items():
+            if role.kind != "update" or owner_of.get(role.key, role.key) in found.fallback:
                 continue
             grad = parameters[role.key].grad
             if grad is not None:

@@ -28,7 +28,7 @@ from fxcurv.runtime.forward import Forwards
 from fxcurv.runtime.info import StepInfo
 from fxcurv.runtime.oracles import GGNOracle, HessianOracle
 from fxcurv.runtime.report import Report, make_report
-from fxcurv.runtime.sources import columns, run_columns
+from fxcurv.runtime.sources import NOT_RECORDED, columns, run_columns
 
 PREFIX = "curvature."
 
@@ -68,6 +68,8 @@ class CurvatureModule(nn.Module):
         if not engine.method.source.taps:
             with _double_differentiable(engine.method.source.kind):
                 return self._model(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            _keep_buffers()
         forward, leaves = self._forwards.find(engine, args, kwargs)
         output = forward(engine, leaves)
         self._note_batch(leaves)
@@ -165,6 +167,8 @@ class CurvatureModule(nn.Module):
         self._check_outputs(outputs)
         if source.kind == "empirical":
             loss.backward(**backward_kwargs)
+            if not engine.statistics.plain:
+                raise FxcurvError(NOT_RECORDED)
             if engine.loss is not None and outputs is not None:
                 before = float(engine.statistics.terms)
                 engine.statistics.collect()
@@ -181,7 +185,7 @@ class CurvatureModule(nn.Module):
                 "loss.backward() has already filled statistics of this step; use model.backward(loss, outputs) for "
                 "each micro-batch of a step, or none."
             )
-        key = (engine.method.seed, engine.step, engine.micro)
+        key = (engine.seed, engine.step, engine.micro)
         rows = int(outputs.shape[0]) if outputs.ndim else 1
         # Among several forwards that may have made these outputs the smallest batch is right for all: it only asks for
         # more columns.
@@ -317,6 +321,7 @@ class CurvatureModule(nn.Module):
         engine = self._engine
         schedule = {
             "step": torch.tensor(engine.step),
+            "seed": torch.tensor(engine.seed),
             "overdue": torch.tensor(engine.overdue),
             "terms": torch.tensor(engine.terms, dtype=torch.float64),
         }
@@ -352,7 +357,7 @@ class CurvatureModule(nn.Module):
         known = set(self._curvature_entries())
         missing_keys += [f"{start}{key}" for key in sorted(known - set(entries))]
         unexpected_keys += [f"{start}{key}" for key in sorted(set(entries) - known)]
-        schedule = {key: entries.pop(key) for key in ("step", "overdue", "terms") if key in entries}
+        schedule = {key: entries.pop(key) for key in ("step", "seed", "overdue", "terms") if key in entries}
         values = engine.states.check({key: value for key, value in entries.items() if key in known})
         plain = {key: value for key, value in state_dict.items() if not key.startswith(start)}
         self._model._load_from_state_dict(
@@ -360,6 +365,7 @@ class CurvatureModule(nn.Module):
         )
         engine.states.load(values)
         engine.step = int(schedule.get("step", engine.step))
+        engine.seed = int(schedule.get("seed", engine.seed))
         engine.overdue = bool(schedule.get("overdue", engine.overdue))
         engine.terms = float(schedule.get("terms", engine.terms))
         engine.discard()
@@ -380,6 +386,16 @@ def _check_keys(found: set[str], known: set[str], method: str) -> None:
             f"the state dict {what}{f' ({more} more keys differ)' if more else ''}: it was saved by another method or "
             f"model than this '{method}'; transform with the same settings, or pass strict=False."
         )
+
+
+@torch.compiler.disable
+def _keep_buffers() -> None:
+    """Graphs compiled from now on can be run backwards more than once, which those that donate their buffers refuse.
+
+    ``torch.compile`` reads the setting when it compiles what follows this call, and again in each backward pass, so it
+    stays: the peak of memory in compiled backward passes is a little higher for it.
+    """
+    torch._functorch.config.donated_buffer = False
 
 
 def _check_call(loss: Any, outputs: Any) -> None:

@@ -1,7 +1,8 @@
 """The step of Hessian-free optimisation after the linear solve (sheet matrix-free, 43: steps 5-7).
 
 The program has solved for the direction and kept iterates of conjugate gradients. Here the true loss decides: which
-iterate, what step length, and whether the damping was right. Everything is evaluated on the closure's batch.
+iterate, what step length, and whether the damping was right. Everything is evaluated on the closure's batch and with the
+random draws of its first evaluation, or dropout would decide; trials leave no trace on buffers (BatchNorm's averages).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxcurv.capture.state import preserved, remember_random_state
 from fxcurv.errors import FxcurvError
 from fxcurv.runtime.info import StepInfo
 from fxcurv.runtime.module import CurvatureModule
@@ -33,6 +35,7 @@ def newton_step(
     engine = model._engine
     parameters = list(engine.parameters().values())
     engine.hyper["damping"] = float(group["damping"])
+    replay = remember_random_state()
     with torch.enable_grad():
         loss = closure()
     if not isinstance(loss, Tensor):
@@ -44,7 +47,8 @@ def newton_step(
 
     def value(step: Tensor) -> float:
         _move(parameters, start, step)
-        with torch.no_grad():
+        with preserved(engine.model), torch.no_grad():
+            replay()
             return float(closure())
 
     iterates, models = engine.info["iterates"], engine.info["model_values"]

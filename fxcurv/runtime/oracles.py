@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxcurv.errors import FxcurvError
 from fxcurv.losses import Loss
 
 
@@ -23,8 +24,8 @@ class HessianOracle:
         self.gradients: list[tuple[Tensor | None, ...]] = []
 
     def add(self, loss: Tensor) -> None:
-        """Include a micro-batch's loss."""
-        self.gradients.append(_gradients(loss, self.parameters, create_graph=True))
+        """Include a micro-batch's loss; raises :class:`FxcurvError` when it depends on no parameter."""
+        self.gradients.append(_reached(_gradients(loss, self.parameters, create_graph=True)))
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """H v for vectors shaped like the parameters, in the parameters' dtypes."""
@@ -48,9 +49,9 @@ class GGNOracle:
         self.terms = 0.0
 
     def add(self, outputs: Tensor, targets: Tensor | None, mask: Tensor | None) -> None:
-        """Include a micro-batch's outputs."""
+        """Include a micro-batch's outputs; raises :class:`FxcurvError` when they depend on no parameter."""
         seed = torch.zeros_like(outputs).requires_grad_()
-        pulled = _gradients(outputs, self.parameters, seed, create_graph=True)
+        pulled = _reached(_gradients(outputs, self.parameters, seed, create_graph=True))
         self.parts.append((outputs, seed, pulled, targets, mask))
         self.terms += float(self.loss.count(outputs, targets, mask))
 
@@ -71,3 +72,9 @@ def _gradients(of: Any, parameters: Sequence[Tensor], columns: Any = None, **opt
     trainable = [p for p in parameters if p.requires_grad]
     found = iter(torch.autograd.grad(of, trainable, columns, allow_unused=True, **options))
     return tuple(next(found) if p.requires_grad else None for p in parameters)
+
+
+def _reached(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    if all(gradient is None for gradient in gradients):
+        raise FxcurvError("what was given to model.backward does not depend on the model's parameters.")
+    return gradients

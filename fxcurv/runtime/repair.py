@@ -6,7 +6,7 @@ nodes behind the failed states run, from the slice's own inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ ATTEMPTS = 5
 STRENGTHS = ("damping", "epsilon")  # the hyper-parameters that regularise a factorisation
 
 
-def repair(lowered: Lowered, due: Iterable[str], inputs: dict[Role, Any], failed: list[Role]) -> dict[Role, Tensor]:
+def repair(lowered: Lowered, due: Iterable[str], inputs: Mapping[Role, Any], failed: list[Role]) -> dict[Role, Tensor]:
     """Finite values for as many of the ``failed`` states as possible, in the states' own dtype."""
+    if not failed:
+        return {}
     part = lowered.slice(due, only=frozenset(failed))
     wide = {role: _double(inputs[role]) for role in part.inputs}
     found: dict[Role, Tensor] = {}

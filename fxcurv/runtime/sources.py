@@ -18,6 +18,10 @@ from fxcurv.methods.method import Source
 from fxcurv.runtime.statistics import Statistics
 
 MANY_COLUMNS = 64
+NOT_RECORDED = (
+    "no statistics can be delivered, because the outputs do not come from a recorded forward pass of the transformed "
+    "model in this step; run it with gradients enabled, and under activation checkpointing with use_reentrant=False."
+)
 
 
 def columns(
@@ -56,11 +60,7 @@ def run_columns(statistics: Statistics, outputs: Tensor, found: Iterator[Tensor]
     for index, column in enumerate(found):
         slots = statistics.targets(first=index == 0)
         if not slots:
-            raise FxcurvError(
-                "no statistics can be delivered, because the outputs do not come from a recorded forward pass of the "
-                "transformed model in this step; run it with gradients enabled, and under activation checkpointing "
-                "with use_reentrant=False."
-            )
+            raise FxcurvError(NOT_RECORDED)
         try:
             torch.autograd.backward([outputs], [column], inputs=slots, retain_graph=True)
         except RuntimeError as error:
@@ -70,6 +70,8 @@ def run_columns(statistics: Statistics, outputs: Tensor, found: Iterator[Tensor]
                     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
                 ) from error
             raise
+        if index == 0 and all(slot.grad is None for slot in slots):  # they are leaves of another graph
+            raise FxcurvError(NOT_RECORDED)
         statistics.collect_rows()
     statistics.collect()
 

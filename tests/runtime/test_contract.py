@@ -18,9 +18,10 @@ from fxcurv.ir.program import Program
 from fxcurv.ir.text import parse_program, print_program
 from tests.runtime.steps import batch, mlp, same, states, step
 
-COMMON = (
-    "fisher fisher_samples damping ema factor_every solve_every kl_clip weight_decay max_factor_dim sharing seed"
-).split()
+COMMON = {
+    "fisher": "ggn", "fisher_samples": 2, "damping": 0.1, "ema": 0.5, "factor_every": 2, "solve_every": 4,
+    "kl_clip": 0.1, "weight_decay": 0.1, "max_factor_dim": 6, "sharing": "reduce", "seed": 3,
+}  # fmt: skip
 
 
 def make(net: nn.Module, method: str = "kfac", **options: Any) -> Any:
@@ -59,8 +60,7 @@ def test_common_hyper_parameters_have_one_name():
         assert odd <= {"damping_scheme"}, (name, odd)
     for name in ("kfac", "ekfac"):
         assert set(COMMON) <= set(fxcurv.methods()[name].defaults)
-        fxcurv.transform(mlp(), name, loss="mse", fisher="ggn", fisher_samples=2, damping=0.1, ema=0.5, factor_every=2,
-                         solve_every=4, kl_clip=0.1, weight_decay=0.1, max_factor_dim=6, sharing="reduce", seed=3)  # fmt: skip
+        fxcurv.transform(mlp(), name, loss="mse", **COMMON)
     assert sorted(fxcurv.papers()) == list(range(1, 84))
 
 
@@ -183,10 +183,10 @@ def test_every_state_exists_from_transform_on(method: str):
     model = make(net, method)
     start = states(model)
     names = set(dict(net.named_parameters())) | {layer.name for layer in model.layers}
-    counters = {"curvature.step", "curvature.overdue", "curvature.terms"}
+    counters = {"curvature.step", "curvature.seed", "curvature.overdue", "curvature.terms"}
     for key, value in start.items():
         assert isinstance(value, Tensor)
-        assert key in counters or any(key.startswith(f"curvature.{name}.") for name in names) or method == "hessian_free"
+        assert key in counters or any(key.startswith(f"curvature.{name}.") for name in {*names, "network"})
     opt = fxcurv.optimizer(model)
     x, y = batch()
 
@@ -212,7 +212,7 @@ def test_moving_a_model_moves_its_state_and_keeps_its_dtype(method: str):
     step(model, *batch(dtype=torch.float32))
     model.to(torch.float64).to("meta")
     where = {k: v for k, v in model.state_dict().items() if k.startswith("curvature.")}
-    counters = {"curvature.step", "curvature.overdue", "curvature.terms"}
+    counters = {"curvature.step", "curvature.seed", "curvature.overdue", "curvature.terms"}
     assert all(v.device.type == "meta" for k, v in where.items() if k not in counters)
     assert {k: (v.shape, v.dtype) for k, v in before.items()} == {k: (v.shape, v.dtype) for k, v in where.items()}
 
@@ -280,7 +280,22 @@ def test_queries_keys_and_values_share_their_input_side(
     assert all((f"{n}.A",) in {role.keys for role in apart.program.inputs("state")} for n in projections)
 
 
-# The schedule and the choice of layers ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["kfac", "adahessian"])
+def test_random_draws_go_on_after_loading(method: str):
+    """The state holds all that draws depend on, the seed too."""
+    one, other = make(mlp(), method, seed=3), make(mlp(), method, seed=4)
+    step(one, *batch())
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    for model in (one, other):
+        step(model, *batch(seed=1))
+    assert same(one.state_dict(), other.state_dict())
+    clone = copy.deepcopy(other)
+    for model in (one, clone):
+        step(model, *batch(seed=2))
+    assert same(one.state_dict(), clone.state_dict())
+
+
+# The schedule and the choice of layers --------------------------------------------------------------------------------
 
 
 def test_due_by_schedule_is_what_the_steps_do():
@@ -296,7 +311,7 @@ def test_what_due_asks_for_holds_for_one_step():
     model = make(mlp(), factor_every=5, solve_every=5)
     step(model, *batch())
     assert model.due(statistics=True) == {"statistics": True, "refresh": False}
-    assert step(model, *batch()).statistics
+    assert [step(model, *batch()).statistics for _ in range(2)] == [True, False]
     assert model.due() == {"statistics": False, "refresh": False}
 
 
@@ -427,7 +442,8 @@ def test_batch_norm_in_training_is_noted_for_exact_columns_only():
         return make(net, fisher=fisher).report().notes
 
     assert any("BatchNorm" in note for note in notes("ggn", True))
-    assert not any("BatchNorm" in note for f, t in (("mc", True), ("ggn_signs", True), ("ggn", False)) for note in notes(f, t))
+    for fisher, train in (("mc", True), ("ggn_signs", True), ("ggn", False)):
+        assert not any("BatchNorm" in note for note in notes(fisher, train))
 
 
 def test_uncovered_parameters_name_reason_and_line():
@@ -479,3 +495,17 @@ def test_hard_cases_of_every_method(method: str, case: str):
         assert net[2].weight.grad is None and torch.equal(before["2.weight"], net[2].weight)
     run(model, opt, *good, closure=True)
     assert all(bool(torch.isfinite(v).all()) for v in model.state_dict().values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_method_steps_in_every_dtype(method: str, dtype: torch.dtype):
+    torch.manual_seed(0)
+    net = mlp(dtype)
+    model = make(net, method)
+    opt = fxcurv.optimizer(model)
+    start = copy.deepcopy(net.state_dict())
+    for i in range(2):
+        run(model, opt, *batch(dtype=dtype, seed=i), closure=True)
+    end = net.state_dict()
+    assert all(v.dtype == dtype and bool(torch.isfinite(v).all()) for v in end.values()) and not same(start, end)
