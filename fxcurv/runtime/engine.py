@@ -21,6 +21,7 @@ from fxcurv.passes.manager import Compilation
 from fxcurv.runtime.info import StepInfo
 from fxcurv.runtime.oracles import GGNOracle, HessianOracle
 from fxcurv.runtime.recover import Recovery, recover
+from fxcurv.runtime.repair import dump
 from fxcurv.runtime.sources import weight
 from fxcurv.runtime.states import States
 from fxcurv.runtime.statistics import Statistics, tap_types
@@ -30,9 +31,10 @@ from fxcurv.runtime.written import Written
 class Engine:
     """One transformed model's program, state and schedule.
 
-    step counts finished steps, micro the backward calls of the running one; with seed they fix all random draws. forced holds what ``due`` asked for.
-    overdue: a factorisation could not be renewed when it was due, so the next step tries again. terms: loss terms behind
-    the last statistics. info: what the program reported in the last step (``kl_scale``, iterates).
+    step counts finished steps, micro the backward calls of the running one; with seed they fix all random draws.
+    forced holds what ``due`` asked for. overdue: a factorisation could not be renewed when it was due, so the next step
+    tries again. terms: loss terms behind the last statistics. info: what the program reported in the last step
+    (``kl_scale``, iterates).
     """
 
     def __init__(self, model: nn.Module, compilation: Compilation, loss: Loss | None, on_nonfinite: str) -> None:
@@ -209,6 +211,7 @@ class Engine:
                 where = ", ".join(sorted(key.rpartition(":")[0] for key, flag in flags.items() if not bool(flag)))
                 raise FxcurvError(f"step {self.step}: not finite in {where}; nothing was changed.")
             found = recover(self.lowered, due, inputs, results, self.states.values, self.commits)
+            self._dump(found, results)
             self._warn(found)
         self.overdue = found.retry or (self.overdue and REFRESH not in due)
         self.terms = terms or self.terms
@@ -228,6 +231,14 @@ class Engine:
             repaired=tuple(sorted(found.repaired)),
             kept=tuple(sorted(found.kept)),
         )
+
+    def _dump(self, found: Recovery, results: dict[Role, Any]) -> None:
+        """Write the states of failed layers, as the failing step computed them, where ``dump_failures`` says."""
+        folder, failed = self.compilation.options.get("dump_failures"), found.repaired | found.kept
+        if folder is not None and failed:
+            latest = self.states.values | {role: value for role, value in results.items() if role.kind == "state"}
+            chosen = {r: v for r, v in latest.items() if failed & {owner for owner, _ in self.commits.get(r, ())}}
+            dump(folder, self.step, chosen)
 
     def _warn(self, found: Recovery) -> None:
         for cause, names, what in (

@@ -34,18 +34,23 @@ class TappedForward:
             else:
                 extras.append(statistics.slot(slot, device))
         extras += [engine.states.read(key) for key in self.tapped.states]
-        return self.count_outputs(engine, self.runner(engine.model, *extras, *leaves))
+        return self.count_outputs(engine, self.runner(engine.model, *extras, *leaves), leaves)
 
-    def count_outputs(self, engine: Engine, output: Any) -> Any:
-        """Tap every differentiable tensor of the output with the number of its loss terms."""
+    def count_outputs(self, engine: Engine, output: Any, leaves: list[Tensor]) -> Any:
+        """Tap every differentiable tensor of the output with the number of its loss terms.
+
+        A scalar is a loss that the model computed by itself: its terms are those of the outputs beside it, and without
+        any the examples of the first input.
+        """
         values, structure = flatten_output(output, lambda value: isinstance(value, Tensor))
-        index = 0
-        for i, value in enumerate(values):
-            if value.requires_grad:
-                slot = engine.statistics.terms_slot(value.device, index)
-                values[i] = OutputTap.apply(count_terms(engine.loss, value), value, slot)
-                index += 1
-        return structure(values) if index else output
+        tapped = [i for i, value in enumerate(values) if value.requires_grad]
+        counts = {i: count_terms(engine.loss, values[i]) for i in tapped if values[i].ndim}
+        scalars = list(counts.values()) or [count_terms(None, x) for x in leaves if x.ndim][:1]
+        for index, i in enumerate(tapped):
+            value = values[i]
+            terms = counts[i] if i in counts else torch.stack([n.to(value.device) for n in scalars]).amax()
+            values[i] = OutputTap.apply(terms, value, engine.statistics.terms_slot(value.device, index))
+        return structure(values) if tapped else output
 
 
 class Forwards:

@@ -403,8 +403,8 @@ def _check_call(loss: Any, outputs: Any) -> None:
         raise FxcurvError(f"model.backward takes the loss, a tensor, first; got a {type(loss).__name__}.")
     if outputs is not None and not isinstance(outputs, Tensor):
         raise FxcurvError(
-            f"the outputs given to model.backward are a {type(outputs).__name__}; give the one tensor that went into the "
-            "loss function."
+            f"the outputs given to model.backward are a {type(outputs).__name__}; give the one tensor that went into "
+            "the loss function."
         )
 
 

@@ -1,7 +1,7 @@
 """The step of Hessian-free optimisation after the linear solve (sheet matrix-free, 43: steps 5-7).
 
 The program has solved for the direction and kept iterates of conjugate gradients. Here the true loss decides: which
-iterate, what step length, and whether the damping was right. Everything is evaluated on the closure's batch and with the
+iterate, what step length, and whether the damping was right. Everything is evaluated on the closure's batch with the
 random draws of its first evaluation, or dropout would decide; trials leave no trace on buffers (BatchNorm's averages).
 """
 

@@ -67,7 +67,9 @@ class GGNOracle:
         return [total / max(self.terms, 1.0) for total in totals]
 
 
-def _gradients(of: Any, parameters: Sequence[Tensor], columns: Any = None, **options: bool) -> tuple[Tensor | None, ...]:
+def _gradients(
+    of: Any, parameters: Sequence[Tensor], columns: Any = None, **options: bool
+) -> tuple[Tensor | None, ...]:
     """``torch.autograd.grad``; ``None`` for a parameter that is not reached or has been frozen since the transform."""
     trainable = [p for p in parameters if p.requires_grad]
     found = iter(torch.autograd.grad(of, trainable, columns, allow_unused=True, **options))

@@ -1,12 +1,14 @@
 """The repair ladder for failed factorisations.
 
 First the same computation in float64, then with the damping times 10, at most five times. Whatever the method, only the
-nodes behind the failed states run, from the slice's own inputs.
+nodes behind the failed states run, from the slice's own inputs. On request the failing matrices are written to a file.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +39,16 @@ def repair(lowered: Lowered, due: Iterable[str], inputs: Mapping[Role, Any], fai
         if len(found) == len(failed):
             break
     return found
+
+
+def dump(folder: str | os.PathLike[str], step: int, values: Mapping[Role, Tensor]) -> Path:
+    """Write states by name to ``folder/failed-<step>.pt``, for ``torch.load(..., weights_only=True)``."""
+    path = Path(folder) / f"failed-{step}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    torch.save({key: value.detach().cpu().clone() for role, value in values.items() for key in role.keys}, partial)
+    partial.replace(path)
+    return path
 
 
 def inputs_dtype(lowered: Lowered, role: Role) -> torch.dtype:

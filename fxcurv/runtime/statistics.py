@@ -9,6 +9,7 @@ an error that says what to call instead of a curvature of the wrong kind.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -174,11 +175,13 @@ class OutputTap(torch.autograd.Function):
 
 
 def count_terms(loss: Loss | None, output: Tensor) -> Tensor:
-    """Loss terms in a model output, as far as the output alone tells: dimension 0 without a loss object.
+    """Loss terms in a model output, as far as the output alone tells: dimension 0 without a loss object, and for an
+    output that the loss cannot read, which is some other one.
 
     0-dim float64 on the output's device; nothing waits for the device.
     """
-    if loss is None or loss.needs_targets:
-        rows = output.shape[0] if output.ndim else 1
-        return torch.full((), float(rows), dtype=torch.float64, device=output.device)
-    return loss.count(output.detach())
+    if loss is not None and not loss.needs_targets:
+        with suppress(FxcurvError):
+            return loss.count(output.detach())
+    rows = output.shape[0] if output.ndim else 1
+    return torch.full((), float(rows), dtype=torch.float64, device=output.device)

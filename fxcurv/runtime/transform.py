@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -39,6 +40,7 @@ def transform(
     strict: bool = False,
     proofs: Iterable[str] | bool = True,
     on_nonfinite: str = "gradient",
+    dump_failures: str | os.PathLike[str] | None = None,
     passes: Sequence[Pass] = PIPELINE,
     disable: Iterable[str] = (),
     check: str = "types",
@@ -53,8 +55,8 @@ def transform(
     Fisher is empirical. frontend: "auto", "symbolic" or "export". backend: "auto", "aten" or "reference" kernels.
     layers, skip: fnmatch patterns on layer names or kinds. strict: an uncovered parameter is an error. proofs: all,
     none or some of "coverage", "gradient", "output". on_nonfinite: "gradient" (a layer with a bad update keeps its
-    gradient) or "raise". passes, disable, check, fuel: the pipeline, passes left out by name, "none"/"types"/"numeric" checking
-    and a limit on rewrites.
+    gradient) or "raise". dump_failures: a folder for the matrices of failed factorisations. passes, disable, check,
+    fuel: the pipeline, passes left out by name, "none"/"types"/"numeric" checking and a limit on rewrites.
 
     Raises :class:`FxcurvError` when something above is unknown, nothing captures the model, or a proof fails.
     """
@@ -75,13 +77,14 @@ def transform(
         raise FxcurvError(f"{type(model).__name__} has no trainable parameter.")
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         raise FxcurvError(
-            f"example_inputs is a {type(example_inputs).__name__}; pass a tuple with the positional arguments of one call, "
-            "such as example_inputs=(x,)."
+            f"example_inputs is a {type(example_inputs).__name__}; pass a tuple with the positional arguments of one "
+            "call, such as example_inputs=(x,)."
         )
     given = example_inputs is not None or example_kwargs is not None
     call = Call.of(model, tuple(example_inputs or ()), example_kwargs) if given else Call.default(model)
     compilation = Compilation(model=model, method=chosen, fuel=fuel, check=check)
     compilation.options.update(call=call, layers=layers, skip=skip, backend=backend, empirical_by_default=by_default)
+    compilation.options["dump_failures"] = dump_failures
     compilation.options["request"] = {  # what an artifact needs to ask for the same again
         "method": method if isinstance(method, str) else None,
         "hyper": dict(hyper),
@@ -119,12 +122,6 @@ def transform(
 def _plain(model: nn.Module) -> nn.Module:
     if isinstance(model, CurvatureModule):
         raise FxcurvError("the model is transformed already; call strip() on it first.")
-    inner = [n for n, m in model.named_modules() if isinstance(m, CurvatureModule)] if isinstance(model, nn.Module) else []
-    if inner:
-        raise FxcurvError(
-            f"the sub-module '{inner[0]}' is transformed already; put its strip() in its place, or train it by its own "
-            "backward and precondition_ and leave the whole model plain."
-        )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise FxcurvError(
             "transform the model before wrapping it: DistributedDataParallel(fxcurv.transform(net, ...))."
@@ -132,4 +129,10 @@ def _plain(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         kind = "class" if inspect.isclass(model) else type(model).__name__
         raise FxcurvError(f"fxcurv.transform takes an nn.Module, got a {kind}.")
+    inner = [n for n, m in model.named_modules() if isinstance(m, CurvatureModule)]
+    if inner:
+        raise FxcurvError(
+            f"the sub-module '{inner[0]}' is transformed already; put its strip() in its place, or train it by its own "
+            "backward and precondition_ and leave the whole model plain."
+        )
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -103,6 +104,30 @@ def test_plain_torch_trains_with_the_settings(example: Any, method: str, optimiz
         loss.value(model(*inputs), targets).backward()
         opt.step()
     assert mean_loss() < 0.95 * before
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "foof", "diag", "shampoo", "adahessian", "hessian_free"])
+def test_every_method_trains_with_its_settings(method: str) -> None:
+    """With the example's settings, and its learning rate under the method's default hyper-parameters."""
+    example: Any = load("digits_cnn")
+    tuned = dict(example.settings[method])
+    rate = tuned.pop("lr")
+    for options in {tuple(tuned.items()), ()}:
+        torch.manual_seed(0)
+        model = fxcurv.transform(example.build_model(), method, loss=example.loss, **dict(options))
+        opt = fxcurv.optimizer(model, lr=rate)
+        losses: list[float] = []
+
+        def closure(model: Any, opt: Any, inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
+            opt.zero_grad()
+            outputs = model(*inputs)
+            loss = torch.nn.functional.cross_entropy(outputs, targets)
+            model.backward(loss, outputs)
+            return loss
+
+        for inputs, targets in first_batches(example, epoch=0, n=3 if method == "hessian_free" else 10):
+            losses.append(float(opt.step(partial(closure, model, opt, inputs, targets)).detach()))
+        assert losses[-1] < 0.97 * losses[0] and max(losses) < 2 * losses[0]
 
 
 def test_the_output_bias_is_the_logit_of_the_mean_image() -> None:

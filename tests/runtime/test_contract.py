@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import warnings
 from typing import Any
@@ -158,6 +159,71 @@ def test_terms_of_a_plain_backward(loss: str | None, shape: tuple[int, ...], ter
     model = fxcurv.transform(mlp(), "kfac", loss=loss, fisher="empirical")
     model(x).square().mean().backward()
     assert model.precondition_().terms == terms
+
+
+@dataclasses.dataclass
+class Answer:
+    """What a model returns that computes its own loss."""
+
+    loss: Tensor | None
+    logits: Tensor
+    pooled: Tensor
+
+
+class Answering(nn.Module):
+    """A classifier of rows with a loss, and an output that is not the loss's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Answer:
+        hidden = torch.tanh(self.body(x))
+        logits = self.head(hidden)
+        return Answer(None if labels is None else F.cross_entropy(logits, labels), logits, hidden.sum(1))
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+@pytest.mark.parametrize(("loss", "fisher"), [("cross_entropy", "mc"), ("cross_entropy", "empirical"), (None, "mc")])
+def test_a_model_that_returns_its_own_loss(loss: str | None, fisher: str, frontend: str):
+    torch.manual_seed(0)
+    net = Answering().double()
+    plain = copy.deepcopy(net)
+    options = {"loss": loss, "fisher": fisher, "frontend": frontend, "kl_clip": None}
+    model, reference = (fxcurv.transform(n, example_inputs=(batch()[0],), **options) for n in (net, plain))
+    for n in (12, 7):
+        x, y = batch(n)
+        model.zero_grad()
+        reference.zero_grad()
+        answer, expected = model(x, labels=y), reference(x)
+        assert type(answer) is Answer and answer.loss is not None and expected.loss is None
+        if fisher == "mc" and loss:
+            model.backward(answer.loss, answer.logits)
+            reference.backward(F.cross_entropy(expected.logits, y), expected.logits)
+        else:
+            answer.loss.backward()
+            F.cross_entropy(expected.logits, y).backward()
+        assert model.precondition_().terms == reference.precondition_().terms == n
+        for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_a_model_that_returns_nothing_but_its_loss():
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(self.net(x), y)
+
+    x, y = batch()
+    model, reference = fxcurv.transform(Loss()), fxcurv.transform(mlp())
+    reference.strip().load_state_dict(model.strip().net.state_dict())
+    model(x, y).backward()
+    F.cross_entropy(reference(x), y).backward()
+    assert model.precondition_().terms == reference.precondition_().terms == 12
+    torch.testing.assert_close(model.factors("net.2"), reference.factors("2"))
 
 
 def test_a_summed_loss_must_be_said():

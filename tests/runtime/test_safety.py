@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -310,9 +311,9 @@ def test_a_parameter_unused_in_one_step():
 # Failing factorisations -----------------------------------------------------------------------------------------------
 
 
-def test_failed_cholesky_is_repaired():
+def test_failed_cholesky_is_repaired(tmp_path: Path):
     net = mlp(torch.float32)
-    model = make(net, solve_every=1, damping=1e-12, damping_scheme="tikhonov")
+    model = make(net, solve_every=1, damping=1e-12, damping_scheme="tikhonov", dump_failures=tmp_path / "failed")
     x, y = batch(dtype=torch.float32)
     step(model, x, y)
     indefinite = torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, -1e-7]))
@@ -324,6 +325,11 @@ def test_failed_cholesky_is_repaired():
     info = step(model, x, y, lr=0.0)
     assert info.repaired == ("0",) and not info.kept and not info.fallback
     assert grads_finite(model) and torch.isfinite(states(model)["curvature.0.A.inverse"]).all()
+    (path,) = (tmp_path / "failed").iterdir()
+    failing = torch.load(path, weights_only=True)
+    assert path.name == "failed-1.pt" and {key.partition(".")[0] for key in failing} == {"0"}
+    torch.testing.assert_close(failing["0.A"], indefinite * 1e3)
+    assert torch.isnan(failing["0.A.inverse"]).any()
 
 
 def test_hopeless_factor_keeps_the_previous_inverse():

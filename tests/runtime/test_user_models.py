@@ -125,25 +125,16 @@ def test_the_dtype_may_change_between_steps(name: str, method: str, dtype: torch
     assert last[-1] < first[0]
 
 
-@pytest.mark.parametrize("fisher", ["mc", "empirical"])
-def test_a_compiled_model_that_saves_buffers_trains_as_the_plain_one(fisher: str):
+def test_a_compiled_model_may_run_backwards_twice():
+    """torch has compiled graphs donate their saved buffers, and then refuses the pass for statistics."""
     torch._dynamo.reset()
-    case = CASES["gpt"]
-    torch.manual_seed(1)
-    x, y = case.batch(6)
-    losses = []
-    for backend in (None, "aot_eager"):
-        model = transformed(case, "ekfac", fisher=fisher)
-        opt = fxcurv.optimizer(model, lr=0.02)
-        forward = model if backend is None else torch.compile(model, backend=backend)
-        losses.append([])
-        for _ in range(3):
-            opt.zero_grad()
-            loss, logits = case.value(forward(*x), y)
-            model.backward(loss, logits)
-            opt.step()
-            losses[-1].append(float(loss.detach()))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    x, y = batch()
+    model = fxcurv.transform(mlp(), "kfac", loss="cross_entropy")
+    with torch._functorch.config.patch(donated_buffer=True):
+        out = torch.compile(model, backend="eager")(x)
+        assert not torch._functorch.config.donated_buffer
+        model.backward(F.cross_entropy(out, y), out)
+    assert not model.precondition_().fallback
 
 
 def test_two_halves_of_one_network_have_their_own_steps():
@@ -194,7 +185,7 @@ def test_hessian_free_moves_no_frozen_layer():
     assert [float(opt.step(closure).detach()) for _ in range(3)][-1] < start
     assert torch.equal(first.weight, before)
     with pytest.raises(fxcurv.FxcurvError, match="must return the loss"):
-        opt.step(lambda: closure() and None)  # type: ignore[arg-type, return-value]
+        opt.step(lambda: None)  # type: ignore[arg-type, return-value]
 
 
 def test_a_layer_unfrozen_after_the_transform_is_reported():
@@ -266,7 +257,7 @@ def test_outputs_of_another_model_are_refused_in_every_step(options: dict[str, A
     model = fxcurv.transform(mlp(), **{"method": "kfac", "loss": "cross_entropy", **options})
     for _ in range(2):
         out = mlp()(x)
-        with pytest.raises(fxcurv.FxcurvError, match="do not come from a recorded forward|does not depend on the model"):
+        with pytest.raises(fxcurv.FxcurvError, match="do not come from a recorded|does not depend on"):
             model.backward(F.cross_entropy(out, y), out)
         step(model, x, y)
 

@@ -199,16 +199,12 @@ CASES = {
         labels=lambda n: torch.randint(3, (n, 6, 6)),
         uncovered=frozenset({"up.weight", "up.bias"}),
     ),
-    "vae": Case(
-        VAE, _floats(6), lambda o: o[0], labels=lambda n: torch.randn(n, 6, dtype=torch.float64), loss="mse"
-    ),
+    "vae": Case(VAE, _floats(6), lambda o: o[0], labels=lambda n: torch.randn(n, 6, dtype=torch.float64), loss="mse"),
     "table": Case(
         Table, lambda n: ({"words": _tokens(n)[0], "numbers": _floats(4)(n)[0]},), lambda output: output.logits
     ),
     "gpt": Case(GPT, _tokens, lambda o: o.view(-1, VOCABULARY), labels=lambda n: torch.randint(VOCABULARY, (n * 4,))),
-    "separable": Case(
-        Separable, lambda n: (_floats(3, 6, 6)(n)[0].to(memory_format=torch.channels_last),)
-    ),
+    "separable": Case(Separable, lambda n: (_floats(3, 6, 6)(n)[0].to(memory_format=torch.channels_last),)),
     "siamese": Case(Siamese, lambda n: (*_floats(4)(n), *_floats(4)(n))),
     "attention": Case(Attention, _floats(4, 6), uncovered=frozenset(f"attention.{name}" for name in MHA)),
     "recurrent": Case(Recurrent, _tokens, uncovered=frozenset(f"lstm.{name}" for name in LSTM)),
