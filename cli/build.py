@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import fxcurv
+from fxcurv.cli import render
 from fxcurv.cli.modelfile import ModelFile
 from fxcurv.errors import FxcurvError
 from fxcurv.methods import PUBLISHED, get_method
@@ -34,7 +35,11 @@ def split_hyper(file: ModelFile, method: str, given: dict[str, Any]) -> tuple[di
 def build(file: ModelFile, method: str, hyper: dict[str, Any], **options: Any) -> CurvatureModule:
     """``fxcurv.transform`` on the model of a file; a fault in the user's forward is one sentence too."""
     chosen, _ = split_hyper(file, method, hyper)
-    with file.running(), hushed():
+    with (
+        render.working(f"compiling {file.path.name} for {method}: capture, layers, passes, proofs"),
+        file.running(),
+        hushed(),
+    ):
         return fxcurv.transform(
             file.model, method, example_inputs=file.example_inputs, loss=file.loss, **options, **chosen
         )

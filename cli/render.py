@@ -46,6 +46,11 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and value - value != 0 else value
 
 
+def working(text: str) -> Any:
+    """A context with a spinner on a terminal; in a pipe it shows nothing."""
+    return console().status(text)
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """A table on stdout; a column whose name starts with "#" is a number. Rows of a known status are coloured by it."""
     drawn = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)

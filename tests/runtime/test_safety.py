@@ -504,7 +504,9 @@ def test_summed_loss_gives_the_mean_losses_step_between_statistics_too():
     directions = []
     for reduction in ("mean", "sum"):
         net.load_state_dict(start)
-        model = fxcurv.transform(net, "kfac", loss=nn.CrossEntropyLoss(reduction=reduction), factor_every=2, kl_clip=None)
+        model = fxcurv.transform(
+            net, "kfac", loss=nn.CrossEntropyLoss(reduction=reduction), factor_every=2, kl_clip=None
+        )
         for _ in range(2):
             model.zero_grad()
             out = model(x)
