@@ -20,15 +20,13 @@ from fxcurv.capture import capture
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.program import REFRESH, STATISTICS, Program
 from fxcurv.layers.layer import Layer
-from fxcurv.layers.tap import disarmed
 from fxcurv.passes.manager import Record
 from fxcurv.passes.tap import Tapped, insert_taps
+from fxcurv.runtime.deliver import BackwardCall, deliver
 from fxcurv.runtime.engine import Engine
 from fxcurv.runtime.forward import Forwards
 from fxcurv.runtime.info import StepInfo
-from fxcurv.runtime.oracles import GGNOracle, HessianOracle
 from fxcurv.runtime.report import Report, make_report
-from fxcurv.runtime.sources import NOT_RECORDED, columns, run_columns
 
 PREFIX = "curvature."
 
@@ -153,70 +151,12 @@ class CurvatureModule(nn.Module):
         """
         if not torch.is_grad_enabled():
             return
-        _check_call(loss, outputs)
-        engine = self._engine
-        source = engine.method.source
-        if source.kind == "gradient" or not self._tapped:
-            loss.backward(**backward_kwargs)
+        call = BackwardCall(loss, outputs, targets, mask, backward_kwargs, self._batches)
+        if not self._tapped:
+            call.plain()
             return
-        if source.kind == "hessian":
-            engine.oracle = engine.oracle or HessianOracle(list(engine.parameters().values()))
-            engine.oracle.add(loss)  # type: ignore[union-attr, call-arg]
-            loss.backward(**{**backward_kwargs, "retain_graph": True})
-            return
-        self._check_outputs(outputs)
-        if source.kind == "empirical":
-            loss.backward(**backward_kwargs)
-            if not engine.statistics.plain:
-                raise FxcurvError(NOT_RECORDED)
-            if engine.loss is not None and outputs is not None:
-                before = float(engine.statistics.terms)
-                engine.statistics.collect()
-                engine.statistics.terms = before + float(engine.loss.count(outputs.detach(), targets, mask))
-            return
-        assert engine.loss is not None and outputs is not None
-        if source.kind == "ggn_product":
-            engine.oracle = engine.oracle or GGNOracle(list(engine.parameters().values()), engine.loss)
-            engine.oracle.add(outputs, targets, mask)  # type: ignore[call-arg]
-            loss.backward(**{**backward_kwargs, "retain_graph": True})
-            return
-        if engine.statistics.plain:
-            raise FxcurvError(
-                "loss.backward() has already filled statistics of this step; use model.backward(loss, outputs) for "
-                "each micro-batch of a step, or none."
-            )
-        key = (engine.seed, engine.step, engine.micro)
-        rows = int(outputs.shape[0]) if outputs.ndim else 1
-        # Among several forwards that may have made these outputs the smallest batch is right for all: it only asks for
-        # more columns.
-        examples = min((batch for batch in self._batches if batch and rows % batch == 0), default=None)
-        run_columns(
-            engine.statistics, outputs, columns(source, engine.loss, outputs.detach(), key, targets, mask, examples)
-        )
-        engine.statistics.terms = engine.statistics.terms + float(engine.loss.count(outputs.detach(), targets, mask))
-        engine.micro += 1
-        with disarmed():
-            loss.backward(**backward_kwargs)
-        engine.statistics.forget_slots()
+        deliver(self._engine, call)
         self.__dict__["_consumed"] = True
-
-    def _check_outputs(self, outputs: Tensor | None) -> None:
-        engine = self._engine
-        kind, name = engine.method.source.kind, engine.method.name
-        if kind == "empirical":
-            return
-        if outputs is None:
-            raise FxcurvError(
-                f"'{name}' with fisher='{kind}' needs the tensor that was given to the loss function: call "
-                "model.backward(loss, outputs)."
-            )
-        if not outputs.requires_grad:
-            raise FxcurvError("the outputs given to model.backward do not depend on the model's parameters.")
-        if engine.loss is None:
-            raise FxcurvError(
-                f"'{name}' with fisher='{kind}' needs to know the loss: pass loss= to fxcurv.transform, for example "
-                "loss='cross_entropy'."
-            )
 
     def precondition_(self, scaler: Any = None) -> StepInfo:
         """Turn every covered ``p.grad`` into the update direction, in place, and advance the schedule.
@@ -396,16 +336,6 @@ def _keep_buffers() -> None:
     stays: the peak of memory in compiled backward passes is a little higher for it.
     """
     torch._functorch.config.donated_buffer = False
-
-
-def _check_call(loss: Any, outputs: Any) -> None:
-    if not isinstance(loss, Tensor):
-        raise FxcurvError(f"model.backward takes the loss, a tensor, first; got a {type(loss).__name__}.")
-    if outputs is not None and not isinstance(outputs, Tensor):
-        raise FxcurvError(
-            f"the outputs given to model.backward are a {type(outputs).__name__}; give the one tensor that went into "
-            "the loss function."
-        )
 
 
 def _double_differentiable(kind: str) -> Any:
