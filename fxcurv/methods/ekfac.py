@@ -20,7 +20,8 @@ def ekfac(o: SimpleNamespace) -> Method:
 
     U = Q_G [ (Q_G^T V Q_A) / (S + damping) ] Q_A^T with S = E[(Q_G^T grad Q_A)^2], grad the gradient of one example,
     summed over its positions before squaring. The basis is refreshed every solve_every steps (there S restarts from the
-    eigenvalue products, so that with solve_every=1 this is K-FAC with eigenvalue damping), S follows every batch. No diagonal in this basis is closer to the Fisher in Frobenius norm.
+    eigenvalue products: with solve_every=1 this is K-FAC with eigenvalue damping), S follows every batch. No diagonal
+    in this basis is closer to the Fisher in Frobenius norm.
 
     Source: George et al. 2018, sections 3-4.
     """
