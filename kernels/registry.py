@@ -71,7 +71,8 @@ def register(kernel: Kernel) -> Kernel:
 @cache
 def load(backend: str) -> bool:
     """Import a backend's kernels; returns whether it can be used here."""
-    if backend == "triton" and find_spec("triton") is None:
+    package = find_spec(BACKENDS[backend])
+    if package is None or package.origin is None or (backend == "triton" and find_spec("triton") is None):
         return False
     import_module(BACKENDS[backend])
     return True
@@ -88,6 +89,10 @@ def preferred(backend: str) -> tuple[str, ...]:
         return ("triton", "aten") if torch.cuda.is_available() else ("aten",)
     if backend not in BACKENDS:
         raise FxcurvError(f"there is no backend '{backend}'; choose auto, reference, {' or '.join(BACKENDS)}.")
+    if not load(backend):
+        raise FxcurvError(
+            f"backend '{backend}' cannot be used here: there are no {backend} kernels to load; use 'auto'."
+        )
     return (backend,)
 
 

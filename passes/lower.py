@@ -19,11 +19,9 @@ from fxcurv.errors import FxcurvError
 from fxcurv.ir.op import OPS
 from fxcurv.ir.program import STEP, Program, Role, op_of, operand_types
 from fxcurv.ir.text import print_type
-from fxcurv.kernels.registry import select
+from fxcurv.kernels.registry import preferred, select
 from fxcurv.passes.guard import links
 from fxcurv.passes.manager import Compilation, Pass
-
-BACKENDS = ("auto", "aten", "reference")
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,7 @@ class Lower(Pass):
     def run(self, c: Compilation) -> int:
         assert c.program is not None
         backend = c.options.get("backend") or self.backend
-        if backend not in BACKENDS:
-            raise FxcurvError(f"backend='{backend}' is unknown; choose one of {', '.join(BACKENDS)}.")
+        preferred(backend)  # raises for a name that is not known
         kernels: dict[str, str] = {}
         functions: dict[str, Callable[..., Any]] = {}
         for node in c.program.nodes:

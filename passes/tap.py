@@ -65,8 +65,8 @@ class BoundTap:
         slots = rest[len(extras) :]
         if any(callable(slot) for slot in slots):
             slots = tuple(
-                slot(self._rows_like(expression, y, x, extras)) if callable(slot) else slot
-                for slot, expression in zip(slots, self.spec.statistics, strict=True)
+                slot(self._rows_like(self.spec.statistics[i], y, x, extras)) if callable(slot) else slot
+                for i, slot in enumerate(slots)
             )
         return tap(self.spec, y, x, *extras, *slots)
 

@@ -22,6 +22,8 @@ COMPILED = ["mlp", "convnet", "tied", "constants", "dataclass", "modes", "quanti
     + [("constants", "eager", "symbolic"), ("modes", "eager", "export"), ("tied", "aot_eager", "export")],
 )
 def test_compile(name, backend, frontend):
+    if name == "modes" and torch.__version__.split(".")[:2] == ["2", "6"]:
+        pytest.skip("torch 2.6 cannot compile the entry of an autocast region")
     torch._dynamo.reset()
     model, args, kwargs = build(name)
     runner = Runner(capture(model, Call.of(model, args, kwargs), frontend))

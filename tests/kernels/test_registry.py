@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -60,6 +61,19 @@ def test_triton_is_preferred_on_a_gpu(scratch: None, monkeypatch: pytest.MonkeyP
     assert select("neg", *operands) is fast
     assert select("neg", *operands, "aten") is slow
     assert select("neg", *operands, "triton") is fast
+
+
+def test_a_backend_without_kernels_is_left_out_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.BACKENDS, "triton", "fxcurv.kernels.no_such_package")
+    registry.load.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(registry, "find_spec", lambda name: None if "no_such" in name else find_spec(name))
+    psd = Psd((5, 5))
+    chosen = select("inverse", psd, [psd, 0.1])
+    assert chosen is not None and chosen.backend == "aten"
+    with pytest.raises(FxcurvError, match="no triton kernels"):
+        select("inverse", psd, [psd, 0.1], "triton")
+    registry.load.cache_clear()
 
 
 def test_refusals(scratch: None) -> None:
