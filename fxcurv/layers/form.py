@@ -73,7 +73,7 @@ class Form(ABC):
     @property
     def inputs(self) -> int:
         """Input features without the constant coordinate."""
-        return self.d_in - self.bias
+        return self.d_in - int(self.bias)
 
     def matrix(self, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """The normal-form weight (or its gradient), shape (groups, d_out, d_in), from stored tensors (``None``: 0)."""
