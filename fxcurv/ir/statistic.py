@@ -19,8 +19,6 @@ from fxcurv.errors import FxcurvError
 
 SIDES = ("a", "g", "a2", "g2")  # rows of a layer's uses, and of its uses with swapped roles
 
-Expression = "Call | RowsOf | StateOf"
-
 
 @dataclass(frozen=True)
 class RowsOf:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from fxcurv.ir.op import OPS
 from fxcurv.ir.statistic import parse_statistic
 from fxcurv.layers.conv import ConvForm
 from fxcurv.layers.embedding import EmbeddingForm
@@ -78,4 +77,3 @@ def test_embedding(padding: int | None, scale: float):
     check(form, "second_moment(e.a, e.g, $s0, $s1)", x, g, torch.ones(6), basis)
     counted = TapSpec(form, (parse_statistic("count(e.a)"),)).measure(0, x, g, ())  # type: ignore[arg-type]
     assert float(counted) == (12 if padding is None else 6)
-    assert "gram" in OPS
