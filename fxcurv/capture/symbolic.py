@@ -19,6 +19,7 @@ from torch import fx, nn
 from fxcurv.capture.call import Call
 from fxcurv.capture.captured import Captured
 from fxcurv.capture.explain import explain
+from fxcurv.capture.kept import is_kept
 from fxcurv.capture.patches import CHECKPOINT_NOTE, Patches, dynamo_kept_out
 from fxcurv.capture.proxies import RecordingProxy, StateProxy
 from fxcurv.capture.state import preserved
@@ -109,9 +110,11 @@ class _Tracer(fx.Tracer):
         return forward, []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Modules of torch.nn that compute something, parametrised ones included."""
+        """Modules of torch.nn that compute something, parametrised ones included, and those kept by their class."""
         if m is self._model or isinstance(m, _CONTAINERS):
             return False
+        if is_kept(m):
+            return True
         # torch derives a class for a parametrised or a sharded module; what counts is the class it derives from.
         derived = ("torch.nn.utils.parametrize", "torch.distributed")
         origin = next(cls.__module__ for cls in type(m).__mro__ if not cls.__module__.startswith(derived))

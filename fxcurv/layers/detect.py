@@ -23,9 +23,21 @@ from torch.nn.parameter import is_lazy
 
 from fxcurv.capture.captured import Captured, parameter_names, resolve
 from fxcurv.capture.where import source
-from fxcurv.layers import conv, embedding, norm, products  # noqa: F401  (each registers its spellings)
+from fxcurv.layers import (  # noqa: F401  (each registers its spellings or exposures)
+    attention,
+    bilinear,
+    conv,
+    elements,
+    embedding,
+    graphconv,
+    norm,
+    products,
+    recurrent,
+    transposed,
+)
 from fxcurv.layers.assemble import assemble
 from fxcurv.layers.chain import follow
+from fxcurv.layers.expose import REASON, expose
 from fxcurv.layers.layer import Detection, Uncovered
 from fxcurv.layers.reasons import explain
 from fxcurv.layers.spelling import Match, Operand, Site, lookup
@@ -38,8 +50,10 @@ def detect(captured: Captured, model: nn.Module, *, kinds: Collection[str] | Non
     Where :func:`fxcurv.capture.propagate` has recorded shapes, stacks of matrices in ``matmul`` are understood too.
     Trainability (``requires_grad``) and the mode of batch norms are read now. ``kinds`` keeps only layers of these
     kinds. Nodes that read running statistics are added to the graph after its placeholders where a
-    batch norm needs them; nothing else is changed.
+    batch norm needs them, and composite operations are replaced by their parts (:mod:`fxcurv.layers.expose`);
+    nothing else is changed.
     """
+    expose(captured, model)
     walk = _Walk(captured, model)
     for node in list(captured.graph.nodes):
         walk.visit(node)
@@ -152,7 +166,8 @@ class _Walk:
             if not any(operand is item for item in matched):
                 data = match is not None and self.operands.get(match.x) is operand
                 why = site.reasons.get(operand.parameter) or ("is the data of a product" if data else reason)
-                self._stop(operand.parameter, operand.chain, node, why or explain(node, module))
+                why = why or node.meta.get(REASON) or explain(node, module)
+                self._stop(operand.parameter, operand.chain, node, why)
 
     def _match(self, site: Site) -> tuple[Match | None, str]:
         """The product at a site, or why there is none ("" when no spelling knows the operation)."""

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from torch import fx
+from torch import fx, nn
 
+from fxcurv.capture.kept import keep_whole
 from fxcurv.errors import FxcurvError
 from fxcurv.layers.form import Form
 from fxcurv.layers.view import Refused, View
@@ -31,6 +32,8 @@ def spelling(*targets: Any) -> Callable[[Function], Function]:
             if target in SPELLINGS:
                 raise FxcurvError(f"'{target}' has two spellings; register each operation once.")
             SPELLINGS[target] = function
+            if isinstance(target, type) and issubclass(target, nn.Module):
+                keep_whole(target)
         return function
 
     return register

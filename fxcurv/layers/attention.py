@@ -1,0 +1,1 @@
+"""Attention modules, exposed as projections around a scaled dot product."""

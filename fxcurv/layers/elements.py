@@ -1,0 +1,1 @@
+"""Parameters used element by element: scales, shifts, positions, tokens."""

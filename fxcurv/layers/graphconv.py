@@ -1,0 +1,1 @@
+"""Graph convolutions: the parametrised products inside message passing."""

@@ -1,0 +1,1 @@
+"""Recurrent networks, exposed as linear products over all time steps."""
