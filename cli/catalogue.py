@@ -94,7 +94,8 @@ def _show(
         if json:
             render.print_json([{k: v for k, v in entry.items() if k != "doc"} for entry in found.values()])
         else:
-            render.table("", list(columns), [[_text(e[key]) for key in columns.values()] for e in found.values()])
+            rows = [[_text(e[key]) for key in columns.values()] for e in found.values()]
+            render.table("", list(columns), rows, names=True)
         return
     if name not in found:
         near = difflib.get_close_matches(name, found, n=3, cutoff=0.4)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fxcurv.cli.verb import Backend, File, Frontend, Inputs, Json, LossName, MethodName, OnlyLayers, Skip
+from fxcurv.cli.verb import Backend, File, Frontend, Fused, Inputs, Json, LossName, MethodName, OnlyLayers, Skip, counts
 
 
 def run(
@@ -19,6 +19,7 @@ def run(
     backend: Backend = "auto",
     layers: OnlyLayers = None,
     skip: Skip = None,
+    fused: Fused = None,
     strict: Annotated[bool, typer.Option("--strict", help="An uncovered parameter is a failure.")] = False,
     json: Json = False,
 ) -> None:
@@ -32,7 +33,7 @@ def run(
     from fxcurv.cli.modelfile import load_model_file
 
     source = load_model_file(file, input, loss, hyper.get("seed"))
-    options = {"frontend": frontend, "backend": backend, "layers": layers, "skip": skip}
+    options = {"frontend": frontend, "backend": backend, "layers": layers, "skip": skip, "fused": counts(fused)}
     checks = run_checks(source, method, hyper, options, strict)
     failed = any(check.status == "fail" for check in checks)
     if json:

@@ -17,6 +17,7 @@ from fxcurv.cli.build import build, call_model, first_batch, split_hyper
 from fxcurv.cli.modelfile import ModelFile
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.verify import verify
+from fxcurv.layers.region import place_of
 from fxcurv.losses import CrossEntropy, Loss, resolve_loss
 from fxcurv.methods import PUBLISHED
 from fxcurv.runtime import CurvatureModule, optimizer
@@ -223,8 +224,9 @@ def _block(factors: dict[str, Tensor]) -> Tensor | None:
 
 def _exact_block(model: nn.Module, target: Any, inputs: Any, columns: list[Tensor], terms: float) -> Tensor:
     """J^T H J / N for one layer, from vector-Jacobian products of the plain model."""
-    names = [name for name in (target.weight, target.bias) if name is not None]
     own = {name: p.detach() for name, p in model.named_parameters()}
+    places = [place_of(key, own) for key in (target.weight, target.bias) if key is not None]
+    names = [place.name for place in places]
     kwargs = inputs if isinstance(inputs, dict) else {}
     args = () if kwargs else inputs if isinstance(inputs, (tuple, list)) else (inputs,)
 
@@ -234,7 +236,7 @@ def _exact_block(model: nn.Module, target: Any, inputs: Any, columns: list[Tenso
     pull: Callable[..., tuple[Tensor, ...]] = vjp(output, *(own[name] for name in names))[1]
     rows = []
     for column in columns:
-        gradient = list(pull(column))
+        gradient = [place.of(part) for place, part in zip(places, pull(column), strict=True)]
         matrix = gradient[0].permute(target.permutation).reshape(target.d_out, -1)
         if len(gradient) == 2:
             matrix = torch.cat([matrix, gradient[1].reshape(-1, 1)], dim=1)

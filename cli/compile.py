@@ -7,7 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from fxcurv.cli.verb import Backend, File, Frontend, Inputs, Json, LossName, MethodName, OnlyLayers, Skip
+from fxcurv.cli.verb import Backend, File, Frontend, Fused, Inputs, Json, LossName, MethodName, OnlyLayers, Skip, counts
 
 Output = Annotated[
     Optional[Path],  # noqa: UP045
@@ -27,6 +27,7 @@ def run(
     backend: Backend = "auto",
     layers: OnlyLayers = None,
     skip: Skip = None,
+    fused: Fused = None,
     strict: Annotated[bool, typer.Option("--strict", help="An uncovered parameter is an error.")] = False,
     disable: Disable = None,
     rows: Annotated[int, typer.Option("--rows", min=0, help="Rows that costs are counted for; 0: the batch.")] = 0,
@@ -45,7 +46,7 @@ def run(
     source = load_model_file(file, input, loss, hyper.get("seed"))
     module = build(
         source, method, hyper, frontend=frontend, backend=backend, layers=layers, skip=skip, strict=strict,
-        disable=disable or (),
+        fused=counts(fused), disable=disable or (),
     )  # fmt: skip
     folder = save(module, output or Path(f"{source.path.stem}-{method}.fxcurv"), force=force, rows=rows)
     found = read_report(folder)

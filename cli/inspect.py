@@ -7,7 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from fxcurv.cli.verb import Backend, Frontend, Inputs, Json, LossName, MethodName, OnlyLayers, Skip
+from fxcurv.cli.verb import Backend, Frontend, Fused, Inputs, Json, LossName, MethodName, OnlyLayers, Skip, counts
 from fxcurv.errors import FxcurvError
 
 GRAPHS = ("forward", "program", "both")
@@ -24,7 +24,9 @@ def run(
     graph: Annotated[str, typer.Option("--graph", help="forward, program or both.")] = "both",
     after: Annotated[PassName, typer.Option("--after", help="The program after this pass.")] = None,
     diff: Annotated[PassName, typer.Option("--diff", help="What this pass changed.")] = None,
-    coverage: Annotated[bool, typer.Option("--coverage", help="How every parameter is treated.")] = False,
+    coverage: Annotated[
+        bool, typer.Option("--coverage", help="How every parameter is treated; with --json one row for each.")
+    ] = False,
     html: Annotated[Optional[Path], typer.Option("--html", help="Write the report as a page.")] = None,  # noqa: UP045
     loss: LossName = None,
     input: Inputs = None,
@@ -32,9 +34,17 @@ def run(
     backend: Backend = "auto",
     layers: OnlyLayers = None,
     skip: Skip = None,
+    fused: Fused = None,
     json: Json = False,
 ) -> None:
-    """Print the tapped forward graph and the update program, after any pass, or what a pass changed."""
+    """Print the tapped forward graph and the update program, after any pass, or what a pass changed.
+
+    --coverage prints how every trainable parameter is treated: layers by kind, use, shape and memory, and for what is
+    left out the reason, the nodes on its way and the line of code. Its --json has a stable schema: rows (parameter,
+    tensor, elements, layer, kind, shape, uses, statistic, status, reason, source, chain, state_bytes, shared_bytes,
+    transient_bytes), covered (share of elements), kinds (layers, elements, share), state_bytes, transient_bytes,
+    method, fisher, frontend, notes.
+    """
     from fxcurv.cli import render
 
     if graph not in GRAPHS:
@@ -45,7 +55,7 @@ def run(
     elif path.suffix == ".fxc":
         view = _from_program(path)
     else:
-        options = {"frontend": frontend, "backend": backend, "layers": layers, "skip": skip}
+        options = {"frontend": frontend, "backend": backend, "layers": layers, "skip": skip, "fused": counts(fused)}
         view = _from_model(file, method, hyper, loss, input, options)
     if html is not None:
         if not view["html"]:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from fxcurv.cli.folding import fold, folded_name
 from fxcurv.runtime.pages import size_text
 
 STATUS = {
@@ -51,11 +54,15 @@ def working(text: str) -> Any:
     return console().status(text)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table on stdout; a column whose name starts with "#" is a number. Rows of a known status are coloured by it."""
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], names: bool = False) -> None:
+    """A table on stdout; a column whose name starts with "#" is a number. Rows of a known status are coloured by it.
+
+    names: the first column holds names to type, which are never broken over lines.
+    """
     drawn = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for column in columns:
-        drawn.add_column(column.lstrip("#"), justify="right" if column.startswith("#") else "left", overflow="fold")
+    for k, column in enumerate(columns):
+        justify: Any = "right" if column.startswith("#") else "left"
+        drawn.add_column(column.lstrip("#"), justify=justify, overflow="fold", no_wrap=names and k == 0)
     for row in rows:
         drawn.add_row(*(Text(str(cell), style=STATUS.get(str(cell), "")) for cell in row))
     out = console()
@@ -71,6 +78,11 @@ def heading(text: str) -> None:
 def line(text: str = "") -> None:
     """A line of plain text, never wrapped."""
     console().print(Text(text), soft_wrap=True)
+
+
+def paragraph(text: str, indent: int = 0) -> None:
+    """Text wrapped at the console's width, each line indented."""
+    console().print(Padding(Text(text), (0, 0, 0, indent)))
 
 
 def source(text: str) -> None:
@@ -117,13 +129,93 @@ def layers(found: dict[str, Any]) -> None:
 
 
 def coverage(found: dict[str, Any]) -> None:
-    """One line for each trainable parameter."""
-    rows = found["report"]["rows"]
-    table(
-        "Coverage",
-        ("parameter", "#elements", "layer", "treatment", "why"),
-        [(r["parameter"], r["elements"], r["layer"] or "-", r["status"], _why(r)) for r in rows],
+    """How every trainable parameter is treated: a summary by kind, the layers, and what is left out with the reason.
+
+    Layers, and parameters without one, whose names differ only in numbers share a line.
+    """
+    report = found["report"]
+    rows, total = report["rows"], sum(row["elements"] for row in report["rows"])
+    by = f", captured by {report['frontend']}" if report["frontend"] else ""
+    heading(f"{report['method']}: {100 * report['covered']:.1f} % of {total:,} elements covered{by}")
+    line(
+        f"curvature from {report['fisher']}; states take {bytes_text(report['state_bytes'])}, the largest value within "
+        f"a step {bytes_text(report['transient_bytes'])}"
     )
+    for note in report["notes"]:
+        line(f"note: {note}")
+    line()
+    table(
+        "By kind",
+        ("kind", "#layers", "#elements", "#share"),
+        [(k, v["layers"] or "", f"{v['elements']:,}", f"{100 * v['share']:.1f} %") for k, v in report["kinds"].items()],
+    )
+    _covered([row for row in rows if row["status"] != "gradient only"])
+    _left_out([row for row in rows if row["status"] == "gradient only"])
+
+
+def _covered(rows: list[dict[str, Any]]) -> None:
+    """A line for each group of like layers: one parameter of a layer under the other, their numbers together."""
+    layers: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        layers.setdefault(row["layer"] or row["parameter"], []).append(row)
+
+    def alike(name: str) -> tuple[Any, ...]:
+        first = layers[name][0]
+        parts = tuple(row["parameter"].removeprefix(name) for row in layers[name])
+        return (*(str(first[key]) for key in ("kind", "shape", "uses", "status", "reason", "state_bytes")), parts)
+
+    drawn, remarks = [], []
+    for group in fold(list(layers), lambda name: name, alike):
+        first, name = layers[group[0]][0], folded_name(group)
+        parts = [row["parameter"].removeprefix(f"{group[0]}.") for row in layers[group[0]]]
+        elements = sum(row["elements"] for member in group for row in layers[member])
+        times = f" ({len(group)})" if len(group) > 1 else ""
+        shown = f"{name}{times}" + (f": {', '.join(parts)}" if parts != [group[0]] else "")
+        memory = bytes_text(first["state_bytes"]) + ("*" if first["shared_bytes"] else "")
+        shape = " x ".join(str(size) for size in first["shape"])
+        drawn.append(
+            (shown, first["kind"] or "-", shape, first["uses"] or "-", f"{elements:,}", first["status"], memory)
+        )
+        remarks += [f"{name}: {first['reason']}"] if _remarkable(first) else []
+    if drawn:
+        table("Covered", ("layer", "kind", "#shape", "#uses", "#elements", "treatment", "#state each"), drawn)
+    if any(row["shared_bytes"] for row in rows):
+        line("* a part of it is shared with other layers")
+    for remark in remarks:
+        paragraph(remark)
+    if remarks or any(row["shared_bytes"] for row in rows):
+        line()
+
+
+def _remarkable(row: dict[str, Any]) -> bool:
+    """Whether the reason says more than the method's name or that a block is whole."""
+    return "," in row["reason"] or ";" in row["reason"]
+
+
+def _left_out(rows: list[dict[str, Any]]) -> None:
+    """The parameters that keep their gradient: why, by which nodes, and the line of code."""
+    if not rows:
+        line("Every trainable parameter is covered.\n")
+        return
+    heading("Gradient only")
+
+    def alike(row: dict[str, Any]) -> str:
+        return _QUOTED.sub("", f"{row['reason']} {row['source']} {row['tensor']}")
+
+    for group in fold(rows, lambda row: str(row["parameter"]), alike):
+        first, elements = group[0], sum(row["elements"] for row in group)
+        times = f" ({len(group)})" if len(group) > 1 else ""
+        name = folded_name([str(row["parameter"]) for row in group])
+        paragraph(f"{name}{times}, {elements:,} elements")
+        paragraph(first["reason"], indent=2)
+        if first["chain"]:
+            paragraph(f"by way of {' -> '.join(first['chain'])}", indent=2)
+        if first["source"]:
+            paragraph(f"at {first['source']}", indent=2)
+    line()
+
+
+_QUOTED = re.compile(r"'[^']*'")
 
 
 def uncovered(found: dict[str, Any]) -> None:

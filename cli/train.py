@@ -7,7 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from fxcurv.cli.verb import Backend, File, Frontend, Inputs, Json, LossName, MethodName, OnlyLayers, Skip
+from fxcurv.cli.verb import Backend, File, Frontend, Fused, Inputs, Json, LossName, MethodName, OnlyLayers, Skip, counts
 
 Count = Optional[int]  # noqa: UP045
 Checkpoint = Optional[Path]  # noqa: UP045
@@ -27,6 +27,7 @@ def run(
     backend: Backend = "auto",
     layers: OnlyLayers = None,
     skip: Skip = None,
+    fused: Fused = None,
     json: Json = False,
 ) -> None:
     """Train the model of a file on its 'batches', with the method's complete update rule.
@@ -43,7 +44,8 @@ def run(
     if steps is not None and epochs is not None:
         raise FxcurvError("--steps and --epochs both say when to stop; give one of them.")
     source = load_model_file(file, input, loss, hyper.get("seed"))
-    module = build(source, method, hyper, frontend=frontend, backend=backend, layers=layers, skip=skip)
+    chosen = {"layers": layers, "skip": skip, "fused": counts(fused)}
+    module = build(source, method, hyper, frontend=frontend, backend=backend, **chosen)
     opt = optimizer(module, **split_hyper(source, method, hyper)[1])
     training = Training(source, module, opt)
     if resume is not None:

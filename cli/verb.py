@@ -51,6 +51,10 @@ Backend = Annotated[str, typer.Option("--backend", help="auto, aten or reference
 Patterns = Optional[list[str]]  # noqa: UP045
 OnlyLayers = Annotated[Patterns, typer.Option("--layers", help="Patterns of layer names or kinds; repeatable.")]
 Skip = Annotated[Patterns, typer.Option("--skip", help="Patterns of layers that keep their gradient; repeatable.")]
+Fused = Annotated[
+    Patterns,
+    typer.Option("--fused", metavar="PATTERN=N", help="Divide the outputs of layers into N layers; repeatable."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -104,6 +108,17 @@ def _collect(options: dict[str, Any]) -> dict[str, Any]:
             raise FxcurvError(f"--set {text}: write NAME=VALUE, for example --set damping=0.01.")
         hyper[name.strip()] = literal(name.strip(), value.strip())
     return hyper
+
+
+def counts(given: list[str] | None) -> dict[str, int] | None:
+    """``--fused`` options as a dictionary."""
+    found = {}
+    for text in given or []:
+        pattern, equals, count = text.rpartition("=")
+        if not equals or not pattern or not count.isdecimal():
+            raise FxcurvError(f"--fused {text}: write PATTERN=N, for example --fused '*.qkv=3'.")
+        found[pattern] = int(count)
+    return found or None
 
 
 def literal(name: str, text: str) -> Any:

@@ -6,7 +6,8 @@ axes, a *spelling* how to read the operation's arguments. After that every metho
 
 The operation here is a block-diagonal linear map, a function of your own that fxcurv cannot see into (it could call a
 hand-written kernel). ``torch.fx.wrap`` keeps it whole in the captured graph. Until it has a spelling, its parameters
-keep their plain gradient, and ``transform`` says so.
+keep their plain gradient, and ``transform`` says so. A module class of your own is taught in the same way, and its
+spelling is all that keeps its calls whole: fxcurv then never looks into its forward.
 
     python examples/write_your_own_layer.py
 """
@@ -27,7 +28,7 @@ from fxcurv.layers.detect import detect
 from fxcurv.layers.form import Form
 from fxcurv.layers.layer import Detection
 from fxcurv.layers.proof import prove
-from fxcurv.layers.spelling import Match, Site, spelling
+from fxcurv.layers.spelling import Match, Operand, Site, spelling
 from fxcurv.layers.view import Refused
 
 
@@ -45,6 +46,20 @@ class BlockLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(groups * outputs))
 
     def forward(self, x: Tensor) -> Tensor:
+        return block_linear(x, self.weight, self.bias)
+
+
+class GatedBlocks(nn.Module):
+    """The same product in a module whose forward no tracer can follow: it decides by values."""
+
+    def __init__(self, groups: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(groups, outputs, inputs) / math.sqrt(inputs))
+        self.bias = nn.Parameter(torch.zeros(groups * outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.isfinite().all():
+            raise ValueError("the blocks got a number that is not finite")
         return block_linear(x, self.weight, self.bias)
 
 
@@ -74,8 +89,25 @@ def _block_linear(at: Site, x: Any, weight: Any, bias: Any) -> Match:
     if view.ndim != 3:
         raise Refused("meets block_linear with another number of axes than three")
     groups, outputs, inputs = view.shape
+    return match_blocks(at, x, operand, at.bias(bias, groups * outputs))
+
+
+def match_blocks(at: Site, x: Any, weight: Operand, bias: Operand | None) -> Match:
+    """What both spellings have in common: the weight's derived axes are groups, outputs and inputs."""
+    view = weight.view
+    groups, outputs, inputs = view.shape
     form = BlockForm(groups, outputs, inputs, False, view.order((0, 1, 2)), view.stored, view.scale)
-    return Match("block_linear", form, at.data(x), at.node, operand, at.bias(bias, groups * outputs))
+    return Match("block_linear", form, at.data(x), at.node, weight, bias)
+
+
+# 3. The spelling of a module class: its signature is that of the forward, and ``own`` gives the module's tensors (or
+#    refuses one that a parametrisation computes). With this the symbolic front-end keeps calls of the class whole.
+@spelling(GatedBlocks)
+def _gated_blocks(at: Site, x: Any) -> Match:
+    weight = at.own("weight")
+    if weight is None:
+        raise Refused("is the bias of blocks without weight")
+    return match_blocks(at, x, weight, at.own("bias"))
 
 
 class WrongForm(BlockForm):
@@ -86,9 +118,9 @@ class WrongForm(BlockForm):
 
 
 def build_model() -> nn.Module:
-    """64 - 48 - 10, the first layer block-diagonal."""
+    """64 - 48 - 32 - 10, the first two layers block-diagonal."""
     torch.manual_seed(0)
-    return nn.Sequential(BlockLinear(4, 16, 12), nn.Tanh(), nn.Linear(48, 10))
+    return nn.Sequential(BlockLinear(4, 16, 12), nn.Tanh(), GatedBlocks(2, 24, 16), nn.Tanh(), nn.Linear(32, 10))
 
 
 def verify() -> list[str]:
@@ -97,6 +129,7 @@ def verify() -> list[str]:
     captured = capture(net, Call.of(net, (x,)), "symbolic")
     found = detect(captured, net)
     assert not found.uncovered
+    assert [layer.params for layer in found.layers[:2]] == [("0.weight", "0.bias"), ("2.weight", "2.bias")]
     assert prove(captured, found, net, (x,)) == []  # the same weight and bias gradients as autograd's
     block = found.layers[0]
     uses = tuple(replace(use, form=WrongForm(**vars(use.form))) for use in block.uses)
@@ -118,6 +151,7 @@ def train(method: str, lr: float, steps: int = 30) -> float:
     if method == "kfac":
         assert not model.uncovered
         assert {k: v.shape for k, v in model.factors("0").items()} == {"A": (4, 17, 17), "G": (4, 12, 12)}
+        assert {k: v.shape for k, v in model.factors("2").items()} == {"A": (2, 25, 25), "G": (2, 16, 16)}
     return nn.functional.cross_entropy(model(x), y).item()
 
 

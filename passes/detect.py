@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import ClassVar
 
-from fxcurv.capture import propagate
+from torch import nn
+
+from fxcurv.capture import Call, Captured, propagate
 from fxcurv.errors import FxcurvError
+from fxcurv.layers.aggregate import aggregated
 from fxcurv.layers.detect import detect
 from fxcurv.layers.layer import Detection, Layer, Uncovered
 from fxcurv.passes.manager import Compilation, Pass
@@ -22,13 +26,39 @@ class Detect(Pass):
 
     def run(self, c: Compilation) -> int:
         assert c.captured is not None and c.model is not None
-        c.detection = _whole(detect(c.captured, c.model))
-        call = c.options.get("call")
-        if c.detection.uncovered and call is not None and call.real:
-            propagate(c.captured, c.model, call.leaves)  # a product with a weight of three axes needs shapes
-            c.detection = _whole(detect(c.captured, c.model))
+        call, fused = c.options.get("call"), c.options.get("fused")
+        if fused:
+            _check_fused(fused, find_layers(c.captured, c.model, call))
+        c.detection = find_layers(c.captured, c.model, call, fused)
         c.layers = select(c.detection.layers, c.options.get("layers"), c.options.get("skip"))
+        if c.method is not None and c.method.aggregated:
+            c.layers = tuple(aggregated(layer, c.model) for layer in c.layers)
         return len(c.layers)
+
+
+def _check_fused(fused: Mapping[str, int], undivided: Detection) -> None:
+    names = [layer.name for layer in undivided.layers]
+    for pattern, count in fused.items():
+        if not isinstance(count, int) or count < 1:
+            raise FxcurvError(f"fused={{'{pattern}': {count!r}}} must be a whole number of blocks, at least 1.")
+        if not any(name == pattern or fnmatch(name, pattern) for name in names):
+            shown = ", ".join(names[:8]) or "none"
+            raise FxcurvError(f"fused: the pattern '{pattern}' fits no layer name; there are {shown}.")
+
+
+def find_layers(
+    captured: Captured, model: nn.Module, call: Call | None = None, fused: Mapping[str, int] | None = None
+) -> Detection:
+    """Layers of a captured graph, without those whose weight is frozen.
+
+    call: shapes are taken from its tensors where detection needs them: a product with a weight of three axes, say.
+    fused: see :func:`fxcurv.layers.detect.detect`.
+    """
+    found = None if fused else detect(captured, model)
+    if (found is None or found.uncovered) and call is not None and call.real:
+        propagate(captured, model, call.leaves)
+        found = None
+    return _whole(found or detect(captured, model, fused=fused))
 
 
 def _whole(detection: Detection) -> Detection:
@@ -36,10 +66,10 @@ def _whole(detection: Detection) -> Detection:
     bare = [layer for layer in detection.layers if layer.weight is None]
     lost = tuple(
         Uncovered(
-            name, f"It is the shift of '{layer.name}', whose scale is missing or frozen.", (layer.uses[0].y.name,)
+            place.key, f"It is the shift of '{layer.name}', whose scale is missing or frozen.", (layer.uses[0].y.name,)
         )
         for layer in bare
-        for name in layer.params
+        for place in layer.places
     )
     kept = tuple(layer for layer in detection.layers if layer.weight is not None)
     return Detection(kept, (*detection.uncovered, *lost))
@@ -53,7 +83,8 @@ def select(
     unwanted = [exclude] if isinstance(exclude, str) else (exclude or [])
 
     def matches(layer: Layer, patterns: list[str]) -> bool:
-        return any(fnmatch(layer.name, p) or fnmatch(layer.kind, p) for p in patterns)
+        # names of parts of a weight hold brackets, which fnmatch reads as sets of characters
+        return any(layer.name == p or fnmatch(layer.name, p) or fnmatch(layer.kind, p) for p in patterns)
 
     for pattern in [*(wanted or []), *unwanted]:
         if not any(matches(layer, [pattern]) for layer in layers):

@@ -38,16 +38,25 @@ class Slot:
 
 @dataclass
 class Tapped:
-    """The forward graph with taps. Its placeholders are the slots, then the states, then the user's inputs."""
+    """The forward graph with taps. Its placeholders are the slots, then the states, then the user's inputs.
+
+    rest: the graphs after this one, where plain Python divides the forward.
+    """
 
     graph: fx.Graph
     slots: tuple[Slot, ...]
     states: tuple[str, ...]
     taps: dict[str, tuple[str, ...]] = field(default_factory=dict)  # statistics by tap node name
+    rest: tuple[Tapped, ...] = ()
+
+    @property
+    def graphs(self) -> tuple[Tapped, ...]:
+        """All graphs of the forward in the order in which they were first run."""
+        return (self, *self.rest)
 
     def text(self) -> str:
-        """The graph as readable code."""
-        return str(self.graph.python_code("self").src)
+        """The graph, or all graphs, as readable code."""
+        return "".join(str(tapped.graph.python_code("self").src) for tapped in self.graphs)
 
     def __str__(self) -> str:
         return self.text()
@@ -85,8 +94,10 @@ class TapPass(Pass):
 
     def run(self, c: Compilation) -> int:
         assert c.program is not None and c.captured is not None
-        c.tapped = insert_taps(c.captured.graph, c.layers, c.program, c.options.get("backend") or "auto")
-        return len(c.tapped.taps)
+        backend = c.options.get("backend") or "auto"
+        c.tapped, *rest = (insert_taps(part.graph, c.layers, c.program, backend) for part in c.captured.graphs)
+        c.tapped.rest = tuple(rest)
+        return sum(len(tapped.taps) for tapped in c.tapped.graphs)
 
 
 def wanted(program: Program) -> dict[str, tuple[Any, Any]]:
@@ -129,6 +140,8 @@ def insert_taps(
             raise FxcurvError(f"the program wants statistics of a layer '{name}' that this model does not have.")
         shared: dict[str, fx.Node] = {}
         for use in known[name].uses:
+            if use.y not in copies:  # in another graph of a forward in pieces
+                continue
             mine = [key for key in keys if _reads_swapped(statistics[key][0]) == use.swapped]
             if not mine:
                 continue

@@ -1,8 +1,9 @@
 """A call of the model, split into what a captured graph takes as input and what it bakes.
 
 Tracing bakes every branch on ``mask is None``, on a flag or on ``self.training``. So two calls may share one
-graph only if they agree on all of these, and ``Call.key`` is exactly that: which arguments are tensors, the
-value of everything else, and the ``.training`` flag of every sub-module. Shapes are not part of it.
+graph only if they agree on all of these, and ``Call.key`` is exactly that: which arguments are tensors and whether they
+are sparse, the value of everything else, the ``.training`` flag of every sub-module and the dtype of every parameter.
+Shapes are not part of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import inspect
 import keyword
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, final
 
 import torch
@@ -51,6 +52,7 @@ class Call:
     names: a Python identifier for each tensor leaf, unique.
     key: hashable; calls with equal keys share a captured graph.
     real: whether ``leaves`` holds the user's tensors (false for a call made from the signature alone).
+    keywords: names of the last arguments among ``args`` in ``spec``, which were not given by position.
     """
 
     spec: pytree.TreeSpec
@@ -59,6 +61,7 @@ class Call:
     names: tuple[str, ...]
     key: Hashable
     real: bool = True
+    keywords: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Call:
@@ -76,7 +79,10 @@ class Call:
                 "that a training step passes."
             ) from None
         bound.apply_defaults()
-        return _build(model, bound.args, bound.kwargs, True)
+        positional = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        ahead = sum(p.kind is p.POSITIONAL_ONLY for p in signature.parameters.values())
+        keywords = tuple(positional[max(len(args) - ahead, 0) :])
+        return replace(_build(model, bound.args, bound.kwargs, True), keywords=keywords)
 
     @classmethod
     def default(cls, model: nn.Module) -> Call:
@@ -95,9 +101,15 @@ class Call:
         return _build(model, tuple(args), kwargs, False)
 
     def rebuild(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """``(args, kwargs)`` of the call with ``tensors`` in the places of the leaves."""
+        """``(args, kwargs)`` of the call with ``tensors`` in the places of the leaves.
+
+        What was not given by position is given by keyword: a decorator of the forward may look for it there.
+        """
         supply = iter(tensors)
-        return pytree.tree_unflatten([next(supply) if leaf is TENSOR else leaf for leaf in self.baked], self.spec)
+        leaves = [next(supply) if leaf is TENSOR else leaf for leaf in self.baked]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        split = len(args) - len(self.keywords)
+        return args[:split], {**dict(zip(self.keywords, args[split:], strict=True)), **kwargs}
 
 
 def _build(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], real: bool) -> Call:
@@ -115,7 +127,10 @@ def _build(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], real
         else:
             _refuse_hidden_tensors(leaf, name)
             baked.append(leaf)
-    key = (repr(spec), tuple(map(_key, baked)), tuple(module.training for module in model.modules()))
+    layouts = tuple(leaf.layout for leaf in tensors.values())  # a sparse adjacency takes other paths than edges
+    modes = tuple(module.training for module in model.modules())
+    dtypes = tuple(parameter.dtype for parameter in model.parameters())
+    key = (repr(spec), tuple(map(_key, baked)), layouts, modes, dtypes)
     return Call(spec, tuple(baked), list(tensors.values()), tuple(tensors), key, real)
 
 

@@ -7,11 +7,7 @@ The exported program owns copies of names, not of tensors: here each becomes a p
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -19,21 +15,26 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind, TensorArgument
 
+from fxcurv.capture import packed
 from fxcurv.capture.call import Call
 from fxcurv.capture.captured import Captured, resolve
 from fxcurv.capture.explain import explain
 from fxcurv.capture.patches import CHECKPOINT_NOTE, inlined_checkpoint, replaced
+from fxcurv.capture.quiet import quiet
+from fxcurv.capture.sizes import concrete, fresh_leaves, open_sizes
 from fxcurv.capture.state import Snapshot, preserved
 from fxcurv.capture.structure import Structure, flatten_output
 from fxcurv.errors import FxcurvError
 
 _PREFIX = "model."
 # Checks on shapes and metadata that were true of the example; ``Captured.sizes`` takes their place.
+_OPEN: tuple[tuple[int, ...], ...] = ((0, 1), (0,), ())  # batch and sequence, or batch alone, or every size fixed
 _ASSERTIONS = ("_assert", "sym_constrain", "_guards_fn", "is_nonzero_assert")
 
 
 def capture_export(model: nn.Module, call: Call) -> Captured:
-    """Export ``model`` for calls with the signature ``call``; dimension 0 of each tensor stays open if it can.
+    """Export ``model`` for calls with the signature ``call``; dimensions 0 and 1 of each tensor stay open if they
+    can, for batch and sequence.
 
     Raises FxcurvError when the call has no real tensors, or naming the construct that export refuses.
     """
@@ -42,34 +43,31 @@ def capture_export(model: nn.Module, call: Call) -> Captured:
     checkpointed: list[str] = []
     with (
         preserved(model),
-        _quiet(),
+        quiet(prints=True),
         torch.enable_grad(),
         inlined_checkpoint(lambda: checkpointed.append(CHECKPOINT_NOTE)),
-        replaced(torch.autograd.Function, apply=_refuse_functions(torch.autograd.Function.__dict__["apply"].__func__)),
+        replaced(nn.modules.rnn, PackedSequence=packed.Refused),
+        replaced(torch.autograd.Function, apply=_refuse_functions(torch.autograd.Function.__dict__["apply"])),
     ):
         host = _Host(model, call)
-        dynamic = tuple({0: torch.export.Dim.AUTO} if leaf.dim() else None for leaf in call.leaves)
-        try:
-            program = _exporter()(host, tuple(call.leaves), dynamic_shapes={"leaves": dynamic}, strict=False)
-        except FxcurvError:
-            raise
-        except Exception as error:
-            raise explain(error, "export") from error
+        program = _program(host, call)
     return _Converter(model, call, host.seen, program).captured(tuple(checkpointed[:1]))
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Export warns of attributes that it assigns itself and that are restored here; when it fails, it logs and prints
-    half a graph first, where one sentence says it."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    before, logger.disabled = logger.disabled, True
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = before
+def _program(host: _Host, call: Call) -> torch.export.ExportedProgram:
+    """The exported program with as many open dimensions as it allows; raises FxcurvError naming what it refuses."""
+    for dims in _OPEN:
+        shapes = tuple({d: torch.export.Dim.AUTO for d in dims if d < leaf.dim()} or None for leaf in call.leaves)
+        leaves = tuple(fresh_leaves(call.leaves))
+        try:
+            return _exporter()(host, leaves, dynamic_shapes={"leaves": shapes}, strict=False)
+        except FxcurvError:
+            raise
+        except Exception as error:
+            failure = explain(error, "export")
+            if not dims or not failure.on_sizes:
+                raise failure from error
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _exporter() -> Callable[..., torch.export.ExportedProgram]:
@@ -78,7 +76,7 @@ def _exporter() -> Callable[..., torch.export.ExportedProgram]:
     return getattr(torch.export, "export_for_training" if (major, minor) < (2, 7) else "export")
 
 
-def _refuse_functions(original: Callable[..., Any]) -> classmethod[Any, Any, Any]:
+def _refuse_functions(original: Any) -> classmethod[Any, Any, Any]:
     """Export traces the forward of an autograd function and forgets its backward: gradients would be wrong."""
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
@@ -87,7 +85,7 @@ def _refuse_functions(original: Callable[..., Any]) -> classmethod[Any, Any, Any
                 f"the export front-end cannot capture the autograd function {cls.__qualname__}, whose backward it "
                 "would lose; use the symbolic front-end, or write the function with differentiable operations."
             )
-        return original(cls, *args, **kwargs)
+        return original.__get__(None, cls)(*args, **kwargs)
 
     return classmethod(apply)
 
@@ -140,7 +138,7 @@ class _Converter:
         self._graph = fx.Graph()
         self._values: dict[fx.Node, Any] = {}
         self._constants: dict[str, torch.Tensor] = {}
-        self._sizes: list[tuple[int | None, ...]] = []
+        self._fakes: list[Any] = []
 
     def captured(self, notes: tuple[str, ...]) -> Captured:
         """The converted graph."""
@@ -150,7 +148,8 @@ class _Converter:
         results = self._buffer_updates(results)
         self._graph.output(results)
         assert self._seen.structure is not None  # the forward ran
-        return Captured(self._graph, "export", self._constants, self._seen.structure, notes, tuple(self._sizes))
+        sizes, guard = open_sizes(self._fakes, [fake.dim() for fake in self._fakes])
+        return Captured(self._graph, "export", self._constants, self._seen.structure, notes, sizes, guard)
 
     def _inputs(self, source: fx.Graph) -> None:
         specs = {spec.arg.name: spec for spec in self._program.graph_signature.input_specs}
@@ -159,8 +158,7 @@ class _Converter:
         users = [n for n in users if isinstance(specs[n.name].arg, TensorArgument)]
         for node, name in zip(users, self._call.names, strict=True):
             self._values[node] = self._graph.placeholder(name)
-            sizes = node.meta["val"].shape
-            self._sizes.append(tuple(map(_fixed, sizes)))
+            self._fakes.append(node.meta["val"])
         for node in placeholders:
             if node not in self._values:
                 self._values[node] = self._state(specs[node.name])
@@ -246,22 +244,42 @@ class _Converter:
                    for name, value in zip(outputs, results, strict=True) if name in targets]  # fmt: skip
         written += list(zip(self._seen.reassigned, results[own:], strict=True))
         for name, value in written:
+            if self._is_cache(name, value):
+                continue
             buffer = self._graph.create_node("get_attr", name)
             detached = self._call_function(torch.ops.aten.detach.default, value)
             self._call_function(torch.ops.aten.copy_.default, buffer, detached)
         kept = [v for name, v in zip(outputs, results, strict=True) if name not in targets]
         return kept[: len(kept) - len(self._seen.reassigned)]
 
+    def _is_cache(self, name: str, value: Any) -> bool:
+        """Whether a buffer is bound to a tensor of another shape: that is right only for what no input changes.
+
+        Such a tensor (indices of positions, made when the number of positions is first known) can be computed anew by
+        every call, so the module keeps what it has.
+        """
+        source = next((old for old, new in self._values.items() if new is value), None)
+        if source is None or concrete(source.meta["val"]) == tuple(resolve(self._model, name).shape):
+            return False
+        left, seen = [value], set()
+        while left:
+            node = left.pop()
+            if node.target is torch.ops.aten.sym_size.int:  # a size of the input, not what is in it
+                continue
+            if node.op == "placeholder":
+                raise FxcurvError(
+                    f"the forward binds the buffer '{name}' to a tensor of another shape, computed from its input, "
+                    "which a captured graph would not repeat; keep its shape, or return the tensor."
+                )
+            left += [other for other in node.all_input_nodes if other not in seen]
+            seen.update(left)
+        return True
+
 
 _REGIONS: dict[str, Callable[..., list[Any]]] = {
     "wrap_with_set_grad_enabled": _Converter._grad_region,
     "wrap_with_autocast": _Converter._autocast_region,
 }
-
-
-def _fixed(size: int | torch.SymInt) -> int | None:
-    """The size if the graph assumes it (export may have specialised one that was offered as open), else None."""
-    return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
 def _has_tensor(model: nn.Module, target: str) -> bool:

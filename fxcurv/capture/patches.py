@@ -3,9 +3,10 @@
 Each entry closes a hole through which plain ``torch.fx`` tracing silently captures another program:
 
 - factories (``torch.arange(8)``, ``torch.randn(4)``) become nodes, so that they are evaluated on every run;
-- ``len(x)`` is recorded;
+- ``len(x)``, ``min(n, m)`` and ``max(n, m)`` are recorded, and a traced tensor is an instance of ``torch.Tensor``;
 - ``autograd.Function.apply`` stays one node with its own backward instead of being traced through its forward;
 - activation checkpointing is inlined;
+- packing and padding of sequences stay one node each (:mod:`fxcurv.capture.packed`);
 - a value of the trace assigned to a module attribute is refused instead of left behind on the user's model;
 - a random draw or a computation on a parameter that would be baked in as a constant is refused.
 """
@@ -22,9 +23,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import rnn
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxcurv.capture import packed
+from fxcurv.capture.builtin import traced_builtins
+from fxcurv.capture.examples import Examples
 from fxcurv.capture.proxies import IN_PLACE, has_proxy
 from fxcurv.errors import FxcurvError
 
@@ -76,15 +81,20 @@ def dynamo_kept_out() -> Iterator[None]:
 class Patches(contextlib.ExitStack):
     """All patches for one trace; ``globals_of`` extends them to the global names of a function about to be traced."""
 
-    def __init__(self, tracer: fx.Tracer, state_names: dict[int, str], on_checkpoint: Callable[[], None]) -> None:
+    def __init__(
+        self, tracer: fx.Tracer, state_names: dict[int, str], on_checkpoint: Callable[[], None], examples: Examples
+    ) -> None:
         super().__init__()
         self._tracer = tracer
+        self._examples = examples
         self._state_names = state_names
         self._on_checkpoint = on_checkpoint
         self._seen: set[int] = set()
-        self._factories = {name: _factory(tracer, getattr(torch, name)) for name in _FACTORIES}
+        self._factories = {name: _factory(tracer, getattr(torch, name), examples) for name in _FACTORIES}
         self._by_id = {id(getattr(torch, name)): wrapper for name, wrapper in self._factories.items()}
-        self._len = _length(tracer)
+        self._packing = packed.recorded(tracer)
+        self._by_id |= {id(getattr(rnn, name)): wrapper for name, wrapper in self._packing.items()}
+        self._builtins = traced_builtins(tracer)
 
     def __enter__(self) -> Patches:
         super().__enter__()
@@ -92,27 +102,35 @@ class Patches(contextlib.ExitStack):
         self.enter_context(_no_python_random())
         self.enter_context(replaced(torch, **self._factories))
         self.enter_context(replaced(torch.Tensor, **methods))
+        self.enter_context(replaced(rnn, **self._packing))
+        # A recurrent module of the user's own class would take the values of the trace for new weights and keep them.
+        self.enter_context(replaced(nn.RNNBase, _update_flat_weights=lambda module: None))
+        self.enter_context(replaced(rnn.PackedSequence, __new__=packed.constructor(self._tracer)))
         self.enter_context(replaced(torch.autograd.Function, apply=_function_apply(self._tracer)))
         self.enter_context(replaced(nn.Module, __setattr__=_refuse_assignment(nn.Module.__setattr__)))
         self.enter_context(inlined_checkpoint(self._on_checkpoint))
         self.enter_context(_no_fast_path())
-        self.enter_context(_Watch(self._state_names))
+        self.enter_context(_Watch(self._state_names, self._examples))
         return self
 
     def globals_of(self, function: Any) -> None:
-        """Patch the names that ``function`` finds in its module: ``len``, and factories imported by name."""
-        namespace = getattr(function, "__globals__", None)
-        if namespace is None or id(namespace) in self._seen:
+        """Patch the names that ``function`` finds in its module: built-ins, and factories imported by name."""
+        self.names_of(getattr(function, "__globals__", {}))
+
+    def names_of(self, namespace: dict[str, Any]) -> None:
+        """The same for the global names of a module."""
+        if id(namespace) in self._seen:
             return
         self._seen.add(id(namespace))
         new = {name: self._by_id[id(value)] for name, value in namespace.items() if id(value) in self._by_id}
         if not namespace.get("__name__", "").startswith("torch."):
-            new.setdefault("len", self._len) if "len" not in namespace else None
-            self.enter_context(_replaced_items(namespace, new))
+            new.update((name, value) for name, value in self._builtins.items() if name not in namespace)
+            self.enter_context(replaced_items(namespace, new))
 
 
 @contextlib.contextmanager
-def _replaced_items(namespace: dict[str, Any], new: dict[str, Any]) -> Iterator[None]:
+def replaced_items(namespace: dict[str, Any], new: dict[str, Any]) -> Iterator[None]:
+    """Set items of a dictionary and put the old ones back on exit."""
     old = {name: namespace[name] for name in new if name in namespace}
     namespace.update(new)
     try:
@@ -123,10 +141,10 @@ def _replaced_items(namespace: dict[str, Any], new: dict[str, Any]) -> Iterator[
         namespace.update(old)
 
 
-def _factory(tracer: fx.Tracer, original: Callable[..., Any]) -> Callable[..., Any]:
+def _factory(tracer: fx.Tracer, original: Callable[..., Any], examples: Examples) -> Callable[..., Any]:
     @functools.wraps(original)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        if has_proxy(args, kwargs) or _literal((args, kwargs)):
+        if not examples.active and (has_proxy(args, kwargs) or _literal((args, kwargs))):
             return tracer.create_proxy("call_function", original, args, kwargs)
         return original(*args, **kwargs)
 
@@ -155,21 +173,12 @@ def _method(tracer: fx.Tracer, name: str) -> Callable[..., Any]:
     return wrapper
 
 
-def _length(tracer: fx.Tracer) -> Callable[[Any], Any]:
-    def length(value: Any) -> Any:
-        if isinstance(value, fx.Proxy) and "__len__" not in vars(type(value)):
-            return tracer.create_proxy("call_function", len, (value,), {})
-        return len(value)
-
-    return length
-
-
 def _function_apply(tracer: fx.Tracer) -> classmethod[Any, Any, Any]:
-    original = torch.autograd.Function.__dict__["apply"].__func__
+    original = torch.autograd.Function.__dict__["apply"]  # a class method, of Python or (from torch 2.14) of C
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         if not has_proxy(args, kwargs):
-            return original(cls, *args, **kwargs)
+            return original.__get__(None, cls)(*args, **kwargs)
         return tracer.create_proxy("call_function", custom_function(cls), args, kwargs)
 
     return classmethod(apply)
@@ -193,7 +202,8 @@ def _refuse_assignment(original: Callable[[nn.Module, str, Any], None]) -> Calla
             target = value.node.args[0]
             if isinstance(target, fx.Node) and target.op == "get_attr" and str(target.target).split(".")[-1] == name:
                 return  # ``self.count += 1``: recorded as the in-place operation, and the buffer stays the same tensor
-        if has_proxy(value):
+        library = any(cls.__module__.startswith("torch_geometric.") for cls in type(self).__mro__)
+        if has_proxy(value) and not library:  # those clear what they store; symbolic refuses what is left
             raise FxcurvError(
                 f"the forward assigns a value computed from its input to self.{name}; return it, or update a buffer "
                 "in place (self.buffer.copy_(value))."
@@ -253,11 +263,13 @@ def _no_python_random() -> Iterator[None]:
 class _Watch(TorchDispatchMode):
     """Sees every operation that really runs while tracing, that is, every one that the graph will not repeat."""
 
-    def __init__(self, state_names: dict[int, str]) -> None:
+    def __init__(self, state_names: dict[int, str], examples: Examples) -> None:
         super().__init__()
-        self._state_names = state_names
+        self._state_names, self._examples = state_names, examples
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._examples.active:
+            return func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise FxcurvError(
                 f"{func.name()} draws random numbers without depending on the input, so the draw would be baked into "

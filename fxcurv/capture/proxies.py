@@ -37,6 +37,12 @@ class RecordingProxy(fx.Proxy):
 
     is_nested = False
 
+    def dim(self) -> Any:
+        """Number of axes: a plain number where the tracer knows it."""
+        tracer: Any = self.tracer
+        rank = tracer.rank(self.node)
+        return tracer.create_proxy("call_method", "dim", (self,), {}) if rank is None else rank
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
@@ -54,11 +60,16 @@ for _name in _IN_PLACE:
 
 @final
 class StateProxy(RecordingProxy):
-    """A parameter or buffer; its sizes, which no later call changes, are plain numbers."""
+    """A parameter or buffer; its sizes and dtype, which are the same for all calls of a kind, are plain values."""
 
     def __init__(self, node: fx.Node, tracer: Any, tensor: torch.Tensor) -> None:
         super().__init__(node, tracer)
-        self.tensor_sizes = tensor.shape
+        self.tensor_sizes, self.tensor_dtype = tensor.shape, tensor.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type."""
+        return self.tensor_dtype
 
     @property
     def shape(self) -> torch.Size:

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxcurv.capture.captured import Captured
+from fxcurv.capture.interpreter import Interpreter
 from fxcurv.capture.state import preserved
 
 
@@ -26,6 +27,9 @@ def propagate(captured: Captured, model: nn.Module, leaves: Sequence[torch.Tenso
     """
     with preserved(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if captured.stitched is not None:  # in which graphs follow is known only by running them
+            captured.stitched(lambda part, inputs: _Recorder(model, part, part.constants).run(*inputs), model, leaves)
+            return
         try:
             _propagate_fake(captured, model, leaves)
         except Exception:  # an operation without fake support, or one that depends on values: any error there is
@@ -48,7 +52,7 @@ def _propagate_fake(captured: Captured, model: nn.Module, leaves: Sequence[torch
         torch.func.functional_call(host, state, tuple(fake(leaf) for leaf in leaves), tie_weights=True)
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(Interpreter):
     """Interprets the graph on the user's model and records what every node returns."""
 
     def __init__(self, model: nn.Module, captured: Captured, constants: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 _CONTAINERS = (list, dict, set)
+_FLAT = ("_flat_weights", "_flat_weight_refs")  # what a class derived from torch's recurrent ones inherits
 _HIDDEN = ("_parameters", "_buffers", "_modules")  # compared and restored as the dicts they are
 
 
@@ -47,6 +48,8 @@ class Snapshot:
             if type(module).__module__.startswith("torch.nn."):
                 continue
             for key, value in module.__dict__.items():
+                if isinstance(module, nn.RNNBase) and key in _FLAT:
+                    continue
                 old = attributes.get(key)
                 if key in containers:
                     if key not in _HIDDEN and not _same_items(value, containers[key]):
@@ -108,6 +111,14 @@ def remember_random_state() -> Callable[[], None]:
     return restore
 
 
+def reseed(seed: int) -> None:
+    """Give the random number generators of torch, Python and NumPy a seed."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
 @contextlib.contextmanager
 def random_state() -> Iterator[None]:
     """Restore the random number generators on exit."""
@@ -131,8 +142,17 @@ def preserved(model: nn.Module) -> Iterator[Snapshot]:
             snapshot.restore()
             with torch.no_grad():
                 for buffer, content in buffers:
-                    if not torch.equal(buffer, content):  # batch_norm does not raise the version counter
+                    if not _holds(buffer, content):  # batch_norm does not raise the version counter
                         buffer.copy_(content)
             for parameter, grad in grads:
                 if parameter.grad is not grad:
                     parameter.grad = grad
+
+
+def _holds(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors hold the same; sparse ones (an adjacency) the same entries in the same places."""
+    if one.layout == torch.sparse_coo:
+        return torch.equal(one._indices(), other._indices()) and torch.equal(one._values(), other._values())
+    if one.layout != torch.strided:  # compressed rows or columns: nothing writes into their structure
+        return torch.equal(one.values(), other.values())
+    return torch.equal(one, other)

@@ -18,8 +18,12 @@ from torch import fx, nn
 
 from fxcurv.capture.call import Call
 from fxcurv.capture.captured import Captured
+from fxcurv.capture.examples import Examples
 from fxcurv.capture.explain import explain
+from fxcurv.capture.graphs import GraphPatches
 from fxcurv.capture.kept import is_kept
+from fxcurv.capture.library import from_library, is_emptiness_test, is_refusal, leftovers, stays_whole
+from fxcurv.capture.packed import PackedSequence
 from fxcurv.capture.patches import CHECKPOINT_NOTE, Patches, dynamo_kept_out
 from fxcurv.capture.proxies import RecordingProxy, StateProxy
 from fxcurv.capture.state import preserved
@@ -58,13 +62,15 @@ def _trace(model: nn.Module, call: Call) -> Captured:
     tracer = _Tracer(model)
     with preserved(model) as snapshot, torch.enable_grad():
         graph, unflatten = tracer.run(call)
-        changed = snapshot.changes()
+        changed = snapshot.changes() + leftovers(model)
     if changed:
         raise FxcurvError(
             f"the forward changes the attribute '{changed[0]}', which a captured graph would not repeat; keep such a "
             "value in a buffer and update it in place, or pass it as an argument."
         )
-    return Captured(graph, "symbolic", tracer.constants, unflatten, (CHECKPOINT_NOTE,) if tracer.checkpointed else ())
+    notes = (CHECKPOINT_NOTE,) if tracer.checkpointed else ()
+    sizes = tuple((None,) * leaf.dim() for leaf in call.leaves) if tracer.examples.ranks else ()
+    return Captured(graph, "symbolic", tracer.constants, unflatten, notes, sizes)
 
 
 @final
@@ -91,7 +97,9 @@ class _Tracer(fx.Tracer):
         """The graph of ``call`` and what rebuilds the output from what the graph returns."""
         self._call = call
         self._unflatten: Callable[[Any], Any] = _identity
-        with Patches(self, self._state, self._on_checkpoint) as self._patches:
+        self.examples = Examples(self._model, call, self.constants)
+        with Patches(self, self._state, self._on_checkpoint, self.examples) as self._patches:
+            self._graphs = GraphPatches(self, self.examples, self._patches)
             graph = self.trace(self._model)
         return graph, self._unflatten
 
@@ -113,7 +121,7 @@ class _Tracer(fx.Tracer):
         """Modules of torch.nn that compute something, parametrised ones included, and those kept by their class."""
         if m is self._model or isinstance(m, _CONTAINERS):
             return False
-        if is_kept(m):
+        if is_kept(m) or stays_whole(m):
             return True
         # torch derives a class for a parametrised or a sharded module; what counts is the class it derives from.
         derived = ("torch.nn.utils.parametrize", "torch.distributed")
@@ -122,7 +130,10 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module made inside the forward (``nn.ReLU()(x)``) is traced into: it has no path on the user's model."""
+        if self.examples.active:
+            return forward(*args, **kwargs)
         self._patches.globals_of(m.forward)
+        self._graphs.prepare(m)
         if self.submodule_paths is None or m not in self.submodule_paths:
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
@@ -130,7 +141,7 @@ class _Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Parameters and buffers read as attributes are values of the trace."""
         name = self._state.get(id(attr_val))
-        return attr_val if name is None else self._state_proxy(name, attr_val)
+        return attr_val if name is None or self.examples.active else self._state_proxy(name, attr_val)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """The proxy class of this trace."""
@@ -141,10 +152,20 @@ class _Tracer(fx.Tracer):
         frame = sys._getframe(2)  # the caller of Proxy.__bool__
         if linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("assert "):
             return True
+        if from_library(frame) and (is_emptiness_test(obj.node) or is_refusal(frame)):
+            return False
+        if frame.f_code is nn.Transformer.forward.__code__:  # it compares sizes, only to refuse what does not fit
+            return False
         return super().to_bool(obj)
+
+    def rank(self, node: fx.Node) -> int | None:
+        """Number of axes, for code of a library that asks; ``None`` where it has to be recorded."""
+        return self.examples.rank(node) if from_library(sys._getframe(2)) else None
 
     def create_arg(self, a: Any) -> Any:
         """A tensor becomes a ``get_attr`` of its path, or of a constant's name: the user's model is not touched."""
+        if isinstance(a, PackedSequence):
+            return self.create_node("call_function", PackedSequence, tuple(map(self.create_arg, a)), {})
         return self._tensor(a) if isinstance(a, torch.Tensor) else super().create_arg(a)
 
     def create_node(

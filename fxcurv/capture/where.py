@@ -6,6 +6,7 @@ import linecache
 import os
 import re
 import traceback
+from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
@@ -47,6 +48,14 @@ def raised_at(error: BaseException) -> str:
     for filename, line in reversed([(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]):
         if is_user_file(filename) and line is not None and "site-packages" + os.sep + "sympy" not in filename:
             return _line(filename, line)
+    return ""
+
+
+def user_line(stack: Iterable[traceback.FrameSummary]) -> str:
+    """The innermost user line of frames listed outermost first, in the format of :func:`source`; "" when unknown."""
+    for frame in reversed(list(stack)):
+        if is_user_file(frame.filename) and frame.lineno is not None:
+            return _line(frame.filename, frame.lineno)
     return ""
 
 

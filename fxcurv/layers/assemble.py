@@ -7,82 +7,142 @@ other weight shares it. Otherwise the weight is covered without it and the bias 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fxcurv.layers.blocks import BlockForm, Find, divide
+from fxcurv.layers.elements import bias_alone
 from fxcurv.layers.form import Form
 from fxcurv.layers.layer import Detection, Layer, Uncovered, Use
-from fxcurv.layers.norm import NormForm
+from fxcurv.layers.region import Place, by_name, rest
 from fxcurv.layers.spelling import Match, Operand
 
 
 def assemble(
     products: Mapping[Any, Match],
-    stops: dict[str, Uncovered],
-    trainable: list[str],
+    stops: Mapping[Place, Uncovered],
+    trainable: Mapping[str, Any],
     seen: Collection[str],
     kinds: Collection[str] | None,
+    fused: Mapping[str, int] | None = None,
 ) -> Detection:
     """Group matches by weight.
 
-    stops: why a parameter has a use that is no layer's; trainable: in the model's order; seen: read by the graph.
+    stops: why (a part of) a parameter has a use that is no layer's; trainable: shapes by name, in the model's order;
+    seen: read by the graph; kinds, fused: see :func:`fxcurv.layers.detect.detect`.
     """
-    stops, known = dict(stops), set(trainable)
-    weights: dict[str, list[Match]] = {}
-    owners: dict[str, set[str]] = {}
-    for match in products.values():
-        weight, bias = _name(match.weight, known), _name(match.bias, known)
-        if weight is None and bias is not None and not isinstance(match.form, NormForm):
-            _stop(stops, bias, match, "is the bias of a product whose weight is frozen: it keeps its gradient")
-            continue
-        key = weight or bias
-        if key is not None:
-            weights.setdefault(key, []).append(match)
-        if key is not None and bias is not None:
-            owners.setdefault(bias, set()).add(key)
-    for bias, keys in owners.items():
-        if len(keys) > 1 or (bias in weights and keys != {bias}):
-            _stop(stops, bias, weights[min(keys)][0], "is the bias of several weights, or also a weight")
-    layers = [layer for key, matches in weights.items() if (layer := _layer(key, matches, stops, known, kinds))]
-    covered = {name for layer in layers for name in layer.params}
-    missing = [name for name in trainable if name not in covered]
-    return Detection(tuple(layers), tuple(stops.get(name) or _unread(name, seen) for name in missing))
+    group = _Group(trainable, kinds)
+    for place, item in stops.items():
+        group.stops.setdefault(place.name, {})[place] = item
+    finds = divide(group.finds(products), fused, _path, group.stop)
+    by_key: dict[Place, list[Find]] = {}
+    for find in finds:
+        by_key.setdefault(find.key, []).append(find)
+    group.check_biases(by_key)
+    layers = tuple(layer for key, members in by_key.items() if (layer := group.layer(key, members)))
+    places = by_name(place for layer in layers for place in layer.places)
+    missing = [left for name, shape in trainable.items() for left in rest(name, shape, places.get(name, ()))]
+    return Detection(layers, tuple(item for place in missing for item in group.reasons(place, seen)))
 
 
-def _layer(
-    key: str, matches: list[Match], stops: dict[str, Uncovered], known: set[str], kinds: Collection[str] | None
-) -> Layer | None:
-    """The layer of one weight (or of a norm's shift), or ``None`` with a stop recorded for its parameters."""
-    matches = sorted(matches, key=lambda match: match.kind == "embedding")  # the head of a tied pair comes first
-    first = matches[0]
-    biases = [_name(match.bias, known) for match in matches]
-    turns = [_turn(first.form, match.form) for match in matches]
-    if key not in stops and None in turns:
-        _stop(stops, key, matches[turns.index(None)], "is used in two roles that have no common normal form")
-    if key not in stops and kinds is not None and first.kind not in kinds:
-        _stop(stops, key, first, f"belongs to a layer of kind {first.kind}, which was not asked for")
-    if key in stops:
-        for name, match in zip(biases, matches, strict=True):
-            if name is not None and name != key:
-                _stop(stops, name, match, f"is the bias of '{key}', which no layer covers")
-        return None
-    bias = biases[0]
-    straight = {name for name, turn in zip(biases, turns, strict=True) if not turn}
-    if straight != {bias} or bias in stops:
-        bias = None
-    for name, match in zip(biases, matches, strict=True):
-        if name not in (None, bias):
-            _stop(stops, name or "", match, f"is not the only bias of '{key}', which products with other biases share")
-    uses = tuple(
-        Use(match.x, match.y, match.form if turn or bias is None else with_bias(match.form), match.aux, bool(turn))
-        for match, turn in zip(matches, turns, strict=True)
-    )
-    weight = key if any(_name(match.weight, known) == key for match in matches) else None
-    return Layer(_path(key, "weight" if weight else "bias"), first.kind, weight, bias, uses, _note(matches, turns))
+@dataclass
+class _Group:
+    """What is known while layers are put together: trainable parameters, the kinds wanted, stops so far by name."""
+
+    known: Mapping[str, Any]
+    kinds: Collection[str] | None
+    stops: dict[str, dict[Place, Uncovered]] = field(default_factory=dict)
+
+    def stop(self, place: Place, match: Match, reason: str) -> None:
+        """Record why a place is no layer's; the first reason stays."""
+        item = Uncovered(place.key, f"It {reason} (node '{match.y.name}').", (match.y.name,))
+        self.stops.setdefault(place.name, {}).setdefault(place, item)
+
+    def stopped(self, place: Place) -> Uncovered | None:
+        """Why some element of a place is no layer's."""
+        mine = self.stops.get(place.name, {})
+        return mine.get(place) or next((item for other, item in mine.items() if other.overlaps(place)), None)
+
+    def reasons(self, place: Place, seen: Collection[str]) -> list[Uncovered]:
+        """Why a place is uncovered."""
+        item = self.stopped(place) or _unread(place, seen)
+        return [replace(item, parameter=place.key)]
+
+    def finds(self, products: Mapping[Any, Match]) -> list[Find]:
+        """Products with a trainable weight; a trainable bias of a frozen one is a weight of its own."""
+        found = []
+        for match in products.values():
+            weight, bias = self._place(match.weight), self._place(match.bias)
+            if weight is None and bias is not None:
+                alone = bias_alone(match)
+                if alone is None:
+                    self.stop(bias, match, "is the bias of a product whose weight is frozen: it keeps its gradient")
+                    continue
+                match, weight, bias = alone, bias, None
+            if weight is not None:
+                found.append(Find(match, weight, bias, match.form))
+        return found
+
+    def check_biases(self, finds: Mapping[Place, list[Find]]) -> None:
+        """Stop every bias that belongs to several weights, or that is itself a weight."""
+        owners: dict[Place, set[Place]] = {}
+        for key, members in finds.items():
+            for find in members:
+                if find.bias is not None:
+                    owners.setdefault(find.bias, set()).add(key)
+        places = by_name((*owners, *finds))
+        for bias, keys in owners.items():
+            others = [other for other in places[bias.name] if other != bias and other.overlaps(bias)]
+            if len(keys) > 1 or bias in finds or others:
+                match = finds[min(keys, key=lambda place: place.key)][0].match
+                self.stop(bias, match, "is the bias of several weights, or also a weight")
+
+    def layer(self, key: Place, finds: list[Find]) -> Layer | None:
+        """The layer of one weight, or ``None`` with a stop recorded for its parameters."""
+        finds = sorted(finds, key=lambda find: find.match.kind == "embedding")  # the head of a tied pair comes first
+        first = finds[0]
+        turns = [_turn(first.form, find.form) for find in finds]
+        if None in turns and not self.stopped(key):
+            self.stop(key, finds[turns.index(None)].match, "is used in two roles that have no common normal form")
+        if self.kinds is not None and first.match.kind not in self.kinds and not self.stopped(key):
+            self.stop(key, first.match, f"belongs to a layer of kind {first.match.kind}, which was not asked for")
+        if self.stopped(key):
+            for find in finds:
+                if find.bias is not None:
+                    self.stop(find.bias, find.match, f"is the bias of '{key.key}', which no layer covers")
+            return None
+        bias = first.bias
+        straight = {find.bias for find, turn in zip(finds, turns, strict=True) if not turn}
+        if straight != {bias} or (bias is not None and self.stopped(bias)):
+            bias = None
+        for find in finds:
+            if find.bias not in (None, bias):
+                why = f"is not the only bias of '{key.key}', which products with other biases share"
+                self.stop(find.bias, find.match, why)
+        matches = [find.match for find in finds]
+        uses = tuple(
+            Use(m.x, m.y, find.form if turn or bias is None else with_bias(find.form), m.aux, bool(turn))
+            for find, m, turn in zip(finds, matches, turns, strict=True)
+        )
+        return Layer(
+            _path(first),
+            first.match.kind,
+            key.name,
+            None if bias is None else bias.name,
+            uses,
+            _note(matches, turns),
+            key.region,
+            None if bias is None else bias.region,
+        )
+
+    def _place(self, operand: Operand | None) -> Place | None:
+        return operand.place if operand is not None and operand.parameter in self.known else None
 
 
 def with_bias(form: Form) -> Form:
     """The form with the constant coordinate added."""
+    if isinstance(form, BlockForm):
+        form = replace(form, inner=with_bias(form.inner))
     return replace(form, d_in=form.d_in + 1, bias=True)
 
 
@@ -117,19 +177,16 @@ def _note(matches: list[Match], turns: list[bool | None]) -> str:
     return f"one weight used {len(matches)} times: uses are summed as if they were independent"
 
 
-def _name(operand: Operand | None, known: set[str]) -> str | None:
-    return operand.parameter if operand is not None and operand.parameter in known else None
+def _path(find: Find) -> str:
+    """A layer's name: its module's path, or the weight's without "weight", and the range that it has of the weight."""
+    path, _, leaf = find.key.name.rpartition(".")
+    region = find.key.region
+    part = "" if region is None else f"[{region.start}:{region.stop}]"
+    return f"{path if path and leaf == 'weight' else find.key.name}{part}"
 
 
-def _path(parameter: str, role: str) -> str:
-    path, _, leaf = parameter.rpartition(".")
-    return path if path and leaf == role else parameter
-
-
-def _stop(stops: dict[str, Uncovered], name: str, match: Match, reason: str) -> None:
-    stops.setdefault(name, Uncovered(name, f"It {reason} (node '{match.y.name}').", (match.y.name,)))
-
-
-def _unread(name: str, seen: Collection[str]) -> Uncovered:
-    reason = "It is read, but no gradient reaches it." if name in seen else "It is never used in this graph."
-    return Uncovered(name, reason)
+def _unread(place: Place, seen: Collection[str]) -> Uncovered:
+    if place.region is not None:
+        return Uncovered(place.key, "This part of it is never used in this graph.")
+    read = place.name in seen
+    return Uncovered(place.key, f"It is {'read, but no gradient reaches it' if read else 'never used in this graph'}.")

@@ -22,9 +22,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 LINKS: dict[Any, Callable[..., Any]] = {}
 
 ENDS: set[Any] = {"detach", "size", "dim", "numel", "stride", "element_size", "is_floating_point", "get_device", len}
+_DETACH = {"detach", torch.detach, aten.detach.default}
 ENDS |= {torch.detach, torch.numel, torch.is_floating_point}
 ENDS |= {aten.detach.default, aten.sym_size.int, aten.sym_numel.default}
 END_ATTRIBUTES = {"data", "shape", "dtype", "device", "ndim", "is_cuda", "requires_grad", "layout", "itemsize"}
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node is a size, a type or another fact about a tensor that its values do not touch."""
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in END_ATTRIBUTES - {"data"}
+    return node.target in ENDS - _DETACH
 
 
 def link(*targets: Any) -> Callable[[Function], Function]:
@@ -39,6 +47,8 @@ def link(*targets: Any) -> Callable[[Function], Function]:
 
 def follow(node: fx.Node, source: fx.Node, view: View) -> Any:
     """The view after ``node`` has read the parameter from ``source``; ``None`` if no gradient passes.
+
+    A tuple of views for a step that returns several parts.
 
     ``NotImplemented`` if ``node`` is no link; raises :class:`Refused` for a link that cannot be followed.
     """
@@ -57,7 +67,8 @@ def follow(node: fx.Node, source: fx.Node, view: View) -> Any:
         return NotImplemented
     keywords = dict(node.kwargs)
     if not arguments or arguments[0] is not source:
-        if step is _times and len(arguments) == 2 and arguments[1] is source:
+        if step in _SWAPPED and len(arguments) == 2 and arguments[1] is source:
+            step = _SWAPPED[step]
             arguments.reverse()
         elif not arguments and "input" in keywords and keywords.pop("input") is source:
             arguments = [source]
@@ -129,10 +140,38 @@ def _squeeze(view: View, dim: Any = None) -> View:
     return view.reshape([size for k, size in enumerate(view.shape) if size != 1 or k not in dims])
 
 
-@link("expand", aten.expand.default)
+@link("expand", "broadcast_to", torch.broadcast_to, aten.expand.default, aten.broadcast_to.default)
 def _expand(view: View, *sizes: Any, implicit: bool = False) -> View:
     flat = list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else list(sizes)
     return view.expand([size if isinstance(size, int) else None for size in flat])
+
+
+@link("expand_as", aten.expand_as.default)
+def _expand_as(view: View, other: Any) -> View:
+    shape = other.meta.get("shape") if isinstance(other, fx.Node) else None
+    if shape is None:
+        raise Refused("is expanded to the shape of data whose rank is unknown")
+    return view.expand([None] * len(shape))
+
+
+@link("repeat", "tile", torch.tile, aten.repeat.default, aten.tile.default)
+def _repeat(view: View, *repeats: Any) -> View:
+    flat = list(repeats[0]) if len(repeats) == 1 and isinstance(repeats[0], (tuple, list)) else list(repeats)
+    shape = [1] * (len(flat) - view.ndim) + list(view.shape)
+    flat = [1] * (len(shape) - len(flat)) + flat
+    if any(size != 1 and count != 1 for size, count in zip(shape, flat, strict=True)):
+        raise Refused("is repeated along an axis that is not 1")
+    sizes = [-1 if count == 1 else count if isinstance(count, int) else None for count in flat]
+    return view.expand([1 if size == -1 and k < len(flat) - view.ndim else size for k, size in enumerate(sizes)])
+
+
+@link("repeat_interleave", torch.repeat_interleave, aten.repeat_interleave.self_int)
+def _interleave(view: View, repeats: Any, dim: Any = None, *, output_size: Any = None) -> View:
+    if dim is None or view.shape[dim] != 1:
+        raise Refused("is repeated along an axis that is not 1")
+    sizes: list[int | None] = [-1] * view.ndim
+    sizes[dim] = repeats if isinstance(repeats, int) else None
+    return view.expand(sizes)
 
 
 @link("mul", "multiply", operator.mul, torch.mul, torch.multiply, aten.mul.Tensor, aten.mul.Scalar)
@@ -144,6 +183,22 @@ def _times(view: View, other: Any) -> Any:
 def _over(view: View, other: Any, rounding_mode: Any = None) -> Any:
     number = isinstance(other, (int, float)) and other != 0 and rounding_mode is None
     return view.times(1.0 / other) if number else NotImplemented
+
+
+@link("add", operator.add, torch.add, aten.add.Tensor, aten.add.Scalar)
+def _plus(view: View, other: Any, *, alpha: Any = 1) -> Any:
+    """A number added changes no gradient (``1 + w`` as the scale of a norm)."""
+    return view if isinstance(other, (int, float)) and alpha == 1 else NotImplemented
+
+
+@link("sub", "subtract", operator.sub, torch.sub, torch.subtract, aten.sub.Tensor, aten.sub.Scalar)
+def _less(view: View, other: Any, *, alpha: Any = 1) -> Any:
+    return view if isinstance(other, (int, float)) and alpha == 1 else NotImplemented
+
+
+@link("rsub", torch.rsub, aten.rsub.Scalar, aten.rsub.Tensor)
+def _taken_from(view: View, other: Any, alpha: Any = 1) -> Any:
+    return view.times(-1.0) if isinstance(other, (int, float)) and alpha == 1 else NotImplemented
 
 
 @link("neg", "negative", operator.neg, torch.neg, torch.negative, aten.neg.default)
@@ -158,3 +213,7 @@ def _same(view: View, *arguments: Any, **keywords: Any) -> View:
     if any(isinstance(a, torch.dtype) and not a.is_floating_point for a in (*arguments, *keywords.values())):
         raise Refused("is cast to a type without gradients")
     return view
+
+
+# Steps that a parameter may also enter as the second operand, and what they then are.
+_SWAPPED: dict[Any, Callable[..., Any]] = {_times: _times, _plus: _plus, _less: _taken_from}

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxcurv.layers.elements import lone_bias
 from fxcurv.layers.form import Form
 from fxcurv.layers.spelling import Match, Operand, Site, numbers, spelling
+from fxcurv.layers.transposed import transposed_convolution
 from fxcurv.layers.view import Refused
 
 aten = torch.ops.aten
@@ -122,7 +124,10 @@ def _pads(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> t
 
 @spelling(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def _module(at: Site, input: Any) -> Match:
-    module, weight, bias = at.module, at.own("weight"), at.own("bias")
+    module, bias = at.module, at.own("bias")
+    if at.computes("weight"):
+        return lone_bias(at, bias, -1 - len(module.kernel_size))
+    weight = at.own("weight")
     if type(module)._conv_forward not in (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward, nn.Conv3d._conv_forward):
         raise Refused(f"is used by {type(module).__name__}, which convolves in its own way")
     if weight is None:
@@ -143,7 +148,14 @@ def _function(
     dilation: Any = 1,
     groups: Any = 1,
 ) -> Match:
+    if at.operand(weight) is None:
+        return lone_bias(at, bias, -1 - _DIMENSIONS[at.node.target])
     return _match(at, input, at.weight(weight), bias, stride, padding, dilation, groups)
+
+
+_DIMENSIONS: dict[Any, int] = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+_DIMENSIONS |= {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
+_DIMENSIONS |= {aten.conv1d.padding: 1, aten.conv2d.padding: 2, aten.conv3d.padding: 3}
 
 
 @spelling(aten.convolution.default)
@@ -160,5 +172,5 @@ def _convolution(
     groups: int,
 ) -> Match:
     if transposed:
-        raise Refused("is the weight of a transposed convolution, which is no layer kind")
+        return transposed_convolution(at, input, weight, bias, stride, padding, dilation, output_padding, groups)
     return _match(at, input, at.weight(weight), bias, stride, padding, dilation, groups)

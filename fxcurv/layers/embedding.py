@@ -10,12 +10,13 @@ over rows weighs them with :meth:`EmbeddingForm.valid`.
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxcurv.layers.form import Form
 from fxcurv.layers.spelling import Match, Operand, Site, spelling
@@ -24,23 +25,39 @@ from fxcurv.layers.view import Refused
 aten = torch.ops.aten
 
 
+class Entries(NamedTuple):
+    """Lookups of a table, one an element of each tensor.
+
+    examples: to which example it belongs; rows: index of its output-gradient row; tokens: index in the table; factors:
+    with which the entry of the table enters the output.
+    """
+
+    examples: Tensor
+    rows: Tensor
+    tokens: Tensor
+    factors: Tensor
+
+
 @dataclass(frozen=True)
 class EmbeddingForm(Form):
     """Rows of a table by index. x: integers (b, ...), all axes but the first are positions.
 
-    padding_idx: the index whose row gets no gradient, or ``None``.
+    padding_idx: the index whose row gets no gradient, or ``None``. tail: number of axes of one entry of the table.
+    signed: indices may count from the end.
     """
 
     padding_idx: int | None = None
+    tail: int = 1
+    signed: bool = False
 
     def rows_a(self, x: Tensor, *aux: Tensor) -> Tensor:
         """One-hot rows in the default dtype; memory grows with the vocabulary, see :meth:`input_counts`."""
-        rows = F.one_hot(x.long(), self.d_in) * self.valid(x).view(*x.shape, 1)
+        rows = F.one_hot(self._indices(x), self.d_in) * self.valid(x).view(*x.shape, 1)
         return self._augment(rows.to(torch.get_default_dtype()).reshape(*_lead(x.shape), 1, self.d_in))
 
     def rows_g(self, g: Tensor) -> Tensor:
-        """See :meth:`Form.rows_g`; g (b, ..., embedding_dim), rows of padding included."""
-        return g.reshape(*_lead(g.shape[:-1]), 1, self.d_out)
+        """See :meth:`Form.rows_g`; g (b, ..., *entry), rows of padding included."""
+        return g.reshape(*_lead(g.shape[: g.dim() - self.tail]), 1, self.d_out)
 
     def used_rows_g(self, x: Tensor, g: Tensor) -> Tensor:
         """See :meth:`Form.used_rows_g`."""
@@ -52,16 +69,29 @@ class EmbeddingForm(Form):
         keep = torch.ones_like(x, dtype=torch.bool) if self.padding_idx is None else x != self.padding_idx
         return keep.reshape(_lead(x.shape))
 
-    def input_counts(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def entries(self, x: Tensor, dtype: torch.dtype, *aux: Tensor) -> Entries:
+        """Every lookup that carries gradient."""
+        keep = self.valid(x)
+        tokens, flat = self._indices(x).reshape(keep.shape), keep.reshape(-1)
+        examples = torch.arange(keep.shape[0], device=x.device).unsqueeze(1).expand_as(keep)[keep]
+        factors = torch.full_like(examples, self.scale, dtype=dtype)
+        return Entries(examples, flat.nonzero().squeeze(1), tokens[keep], factors)
+
+    def input_counts(self, x: Tensor, dtype: torch.dtype = torch.float32, *aux: Tensor) -> Tensor:
         """Diagonal of the input Gram, shape (num_embeddings,): how often each index occurs, times ``scale`` squared."""
         weights = self.valid(x).reshape(-1).to(dtype) * self.scale**2
-        return torch.zeros(self.d_in, dtype=dtype, device=x.device).scatter_add_(0, x.reshape(-1).long(), weights)
+        return torch.zeros(self.d_in, dtype=dtype, device=x.device).scatter_add_(
+            0, self._indices(x).reshape(-1), weights
+        )
 
     def product(self, x: Tensor, g: Tensor, *aux: Tensor) -> Tensor:
         """See :meth:`Form.product`; adds rows by index instead of multiplying by one-hot rows."""
         rows = self.rows_g(g).reshape(-1, self.d_out) * (self.valid(x).reshape(-1, 1) * self.scale).to(g.dtype)
-        table = g.new_zeros(self.d_in, self.d_out).index_add_(0, x.reshape(-1).long(), rows)
+        table = g.new_zeros(self.d_in, self.d_out).index_add_(0, self._indices(x).reshape(-1), rows)
         return table.t().reshape(1, self.d_out, self.d_in)
+
+    def _indices(self, x: Tensor) -> Tensor:
+        return x.long() % self.d_in if self.signed else x.long()
 
     @property
     def diagonal_input(self) -> bool:
@@ -79,10 +109,22 @@ def _lead(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0] if shape else 1), math.prod(shape[1:])
 
 
+def refuse_options(max_norm: Any, by_frequency: Any, sparse: Any) -> None:
+    """Options under which the gradient is not that of a product; each refusal says what to do."""
+    for used, option, remedy in (
+        (max_norm is not None, "max_norm", "clip the table's rows outside the forward"),
+        (by_frequency, "scale_grad_by_freq", "turn it off"),
+        (sparse, "sparse gradients", "set sparse=False"),
+    ):
+        if used:
+            raise Refused(
+                f"is the table of an embedding with {option}, whose gradient is not that of a product: {remedy}, "
+                "or keep the plain gradient"
+            )
+
+
 def _match(at: Site, x: Any, weight: Operand, padding_idx: Any, max_norm: Any, by_frequency: Any, sparse: Any) -> Match:
-    if max_norm is not None or by_frequency or sparse:
-        option = "max_norm" if max_norm is not None else "scale_grad_by_freq" if by_frequency else "sparse"
-        raise Refused(f"is the table of an embedding with {option}, whose gradient is not that of a product")
+    refuse_options(max_norm, by_frequency, sparse)
     vocabulary, size = weight.view.shape
     if padding_idx is not None and padding_idx < 0:
         padding_idx += vocabulary
@@ -128,3 +170,43 @@ def _aten(
 ) -> Match:
     padding = None if padding_idx < 0 else padding_idx
     return _match(at, indices, at.weight(weight), padding, None, scale_grad_by_freq, sparse)
+
+
+def _lookup(at: Site, table: Any, index: Any) -> Match:
+    """``table[index]`` with a tensor of integers, along the first axis: an embedding whose entries may be arrays."""
+    weight, dtype = at.weight(table), index.meta.get("dtype") if isinstance(index, fx.Node) else None
+    if dtype is None or dtype.is_floating_point or dtype is torch.bool:
+        raise Refused("is indexed by what the graph computes")
+    vocabulary, *entry = weight.view.shape
+    form = EmbeddingForm(
+        groups=1,
+        d_out=math.prod(entry),
+        d_in=vocabulary,
+        bias=False,
+        permutation=weight.view.order((*range(1, 1 + len(entry)), 0)),
+        weight_shape=weight.view.stored,
+        scale=weight.view.scale,
+        tail=len(entry),
+        signed=True,
+    )
+    return Match("embedding", form, at.data(index), at.node, weight)
+
+
+@spelling("__getitem__", operator.getitem)
+def _item(at: Site, table: Any, index: Any) -> Match:
+    index = index[0] if isinstance(index, (tuple, list)) and len(index) == 1 else index
+    return _lookup(at, table, index)
+
+
+@spelling(aten.index.Tensor)
+def _index(at: Site, table: Any, indices: Any) -> Match:
+    if len(indices) != 1:
+        raise Refused("is indexed along other axes than the first")
+    return _lookup(at, table, indices[0])
+
+
+@spelling("index_select", torch.index_select, aten.index_select.default)
+def _index_select(at: Site, input: Any, dim: Any, index: Any) -> Match:
+    if dim != 0:
+        raise Refused("is indexed along other axes than the first")
+    return _lookup(at, input, index)

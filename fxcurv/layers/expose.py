@@ -28,7 +28,10 @@ REASON = "fxcurv_refused"  # node.meta key: why a composite operation was left w
 
 
 def exposes(*targets: Any) -> Callable[[Function], Function]:
-    """Register ``(exposure, *arguments) -> node`` for module classes, functions, method names, ATen overloads."""
+    """Register ``(exposure, *arguments) -> node`` for module classes, functions, method names, overloads of operators.
+
+    An operator of a library that need not be there is named by its text, ``"library.operator.default"``.
+    """
 
     def register(function: Function) -> Function:
         for target in targets:
@@ -99,7 +102,7 @@ def _lookup(node: fx.Node, module: Any) -> Callable[..., fx.Node] | None:
     if node.op not in ("call_module", "call_function", "call_method"):
         return None
     if node.op != "call_module":
-        return EXPOSURES.get(node.target)
+        return EXPOSURES.get(node.target) or EXPOSURES.get(str(node.target))
     kind: Any = type(module)
     for cls in kind.__mro__:
         if cls in EXPOSURES:  # a class with a forward of its own may compute something else

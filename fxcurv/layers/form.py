@@ -31,7 +31,7 @@ class Form(ABC):
         coordinate of a bias.
     bias: whether the last input feature is the constant 1.
     permutation: order of the stored weight's axes that brings it to (groups, d_out, inputs) after a reshape.
-    weight_shape: shape of the stored weight.
+    weight_shape: shape of the stored weight, or one in which some of its axes are split.
     scale: the product is with ``scale * W``; a constant factor, one for nearly all layers.
     """
 
@@ -54,6 +54,10 @@ class Form(ABC):
     def used_rows_g(self, x: Tensor, g: Tensor) -> Tensor:
         """``rows_g`` with zeros where the weight is not used (padding of an embedding)."""
         return self.rows_g(g)
+
+    def kept(self, x: Tensor, *aux: Tensor) -> tuple[Tensor, ...]:
+        """What the backward pass has to keep of the operands: themselves, or less with the same shapes and dtypes."""
+        return (x, *aux)
 
     @property
     @abstractmethod
@@ -82,7 +86,8 @@ class Form(ABC):
                 raise FxcurvError("Form.matrix needs a weight or a bias, got neither; pass one of them.")
             matrix = bias.new_zeros(self.groups, self.d_out, self.inputs)
         else:
-            matrix = weight.permute(self.permutation).reshape(self.groups, self.d_out, self.inputs)
+            stored = weight.reshape(self.weight_shape)
+            matrix = stored.permute(self.permutation).reshape(self.groups, self.d_out, self.inputs)
         if not self.bias:
             return matrix
         shape = (self.groups, self.d_out, 1)

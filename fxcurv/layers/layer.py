@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from fxcurv.layers.form import Form
+from fxcurv.layers.region import Place, Region
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,16 @@ class Layer:
     """A parametrised product of the model.
 
     name: path of the owning module, or of the weight without its last part ("encoder.0"); unique.
-    kind: "linear", "conv1d", "conv2d", "conv3d", "embedding", "layer_norm", "rms_norm",
-        "batch_norm", "group_norm".
+    kind: "linear", "conv1d", "conv_transpose1d" (2d, 3d), "bilinear", "embedding", "embedding_bag", "layer_norm",
+        "rms_norm", "batch_norm", "group_norm", "instance_norm", "scale" and "shift" (parameters used entry by entry),
+        or a name that a spelling of one's own gives.
     weight, bias: full parameter names; ``None`` where there is no *trainable* parameter of that role.
-        A norm without scale has weight ``None`` and keeps the form of the full layer.
     uses: one or more; the first gives the layer's orientation (for a tied pair the output projection).
     note: why the treatment of this layer is approximate, "" when it is not.
+    region, bias_region: the part of weight and bias that is this layer's, ``None`` for all of it. Layers of one weight
+        have ranges of one axis that do not meet; the range is part of the name ("attn.in_proj_weight[0:256]").
+    alone: whether its rows are measured for it alone: a forward in pieces may take a branch in which a layer that read
+        the same rows reads others.
     """
 
     name: str
@@ -46,6 +51,9 @@ class Layer:
     bias: str | None
     uses: tuple[Use, ...] = field(repr=False)
     note: str = ""
+    region: Region | None = None
+    bias_region: Region | None = None
+    alone: bool = False
 
     @property
     def form(self) -> Form:
@@ -58,6 +66,31 @@ class Layer:
         return tuple(name for name in (self.weight, self.bias) if name is not None)
 
     @property
+    def weight_place(self) -> Place | None:
+        """The layer's part of its weight."""
+        return None if self.weight is None else Place(self.weight, self.region)
+
+    @property
+    def bias_place(self) -> Place | None:
+        """The layer's part of its bias."""
+        return None if self.bias is None else Place(self.bias, self.bias_region)
+
+    @property
+    def weight_key(self) -> str | None:
+        """Key of the layer's part of its weight, as programs name its gradient."""
+        return None if self.weight is None else Place(self.weight, self.region).key
+
+    @property
+    def bias_key(self) -> str | None:
+        """Key of the layer's part of its bias."""
+        return None if self.bias is None else Place(self.bias, self.bias_region).key
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The layer's parts of its trainable parameters."""
+        return tuple(place for place in (self.weight_place, self.bias_place) if place is not None)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """(groups, d_out, d_in) of the normal-form weight; d_in counts the bias coordinate."""
         form = self.form
@@ -66,6 +99,8 @@ class Layer:
     @property
     def input_key(self) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
         """Equal for layers that read the same rows: node names, form tags and scales of every use."""
+        if self.alone:
+            return ((self.name, "", ()),)
         return tuple(
             (use.x.name, f"{use.form.tag}*{use.form.scale!r}", tuple(node.name for node in use.aux))
             for use in self.uses
@@ -76,8 +111,9 @@ class Layer:
 class Uncovered:
     """A parameter that no layer covers, or covers only in part.
 
-    parameter: full name; reason: one sentence; chain: names of the nodes from the parameter to the
-    operation that stopped detection; source: the user's line of code, "" when unknown.
+    parameter: full name, with the range that is left out if the rest is covered; reason: one sentence; chain: names of
+    the nodes from the parameter to the operation that stopped detection; source: the user's line of code, "" when
+    unknown.
     """
 
     parameter: str

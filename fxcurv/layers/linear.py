@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fxcurv.layers.form import Form
@@ -24,6 +25,8 @@ class LinearForm(Form):
     axis: int = -1
 
     def _rows(self, tensor: Tensor, size: int) -> Tensor:
+        if tensor.layout is not torch.strided:
+            tensor = tensor.to_dense()
         if self.axis == -2 and tensor.dim() > 1:
             tensor = tensor.transpose(-1, -2)
         lead = tensor.shape[:-1]

@@ -14,29 +14,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxcurv.layers.elements import element_match
 from fxcurv.layers.form import Form
 from fxcurv.layers.spelling import Match, Operand, Site, is_plain, numbers, spelling
 from fxcurv.layers.view import Refused
 
 aten = torch.ops.aten
+CHANNELS = ("batch_norm", "group_norm", "instance_norm")
+"""Kinds whose units are the channels, axis 1; the others' are the last axes."""
 
 
 @dataclass(frozen=True)
 class NormForm(Form):
     """Scale and shift after a normalisation.
 
-    kind: "layer_norm", "rms_norm" (over the last axes), "batch_norm", "group_norm" (channels are axis 1).
-    eps: as in torch; parts: number of groups that a group norm normalises over.
-    running: a batch norm with running statistics, given as ``aux`` (mean, variance); else those of the batch.
+    kind: "layer_norm", "rms_norm" (over the last axes), "batch_norm", "group_norm", "instance_norm" (channels are
+        axis 1). eps: as in torch; parts: number of groups that a group norm normalises over.
+    running: with running statistics, given as ``aux`` (mean, variance), instead of those of the data.
+    rank: number of axes of an input without batch axis, where the operation takes one; 0 where it does not.
     """
 
     kind: str = "layer_norm"
     eps: float | None = 1e-5
     parts: int = 1
     running: bool = False
+    rank: int = 0
 
     def rows_a(self, x: Tensor, *aux: Tensor) -> Tensor:
         """See :meth:`Form.rows_a`; the normalised input (and 1). aux: running mean and variance if ``running``."""
+        x = x.unsqueeze(0) if x.dim() == self.rank else x
         return self._augment(self._rows(self._normalise(x, *aux)).unsqueeze(-1))
 
     def rows_g(self, g: Tensor) -> Tensor:
@@ -51,12 +57,15 @@ class NormForm(Form):
         if self.kind == "group_norm":
             return F.group_norm(x, self.parts, eps=self.eps or 0.0)
         if not self.running:
+            if self.kind == "instance_norm":
+                return F.instance_norm(x, eps=self.eps or 0.0)
             return F.batch_norm(x, None, None, training=True, eps=self.eps or 0.0)
         mean, variance = (stat.reshape(-1, *(1,) * (x.dim() - 2)) for stat in aux)
         return (x - mean) * torch.rsqrt(variance + (self.eps or 0.0))
 
     def _rows(self, tensor: Tensor) -> Tensor:
-        if self.kind in ("batch_norm", "group_norm"):
+        if self.kind in CHANNELS:
+            tensor = tensor.unsqueeze(0) if tensor.dim() == self.rank else tensor
             return tensor.reshape(tensor.shape[0], self.groups, -1).transpose(1, 2)
         lead = tensor.shape[: tensor.dim() - len(self.weight_shape)]
         return tensor.reshape(*(lead[:1] or (1,)), math.prod(lead[1:]), self.groups)
@@ -73,7 +82,7 @@ class NormForm(Form):
         return f"{self.kind}[{shape} {self.eps} {self.parts}{' running' if self.running else ''}]{self._constant}"
 
 
-def _match(
+def norm_match(
     at: Site,
     x: Any,
     shape: tuple[int, ...],
@@ -84,6 +93,8 @@ def _match(
     **fields: Any,
 ) -> Match:
     scale = 1.0
+    if bias is not None and bias.trainable and (weight is None or not weight.trainable):
+        return _shift(bias, y or at.node, fields["kind"], fields.get("rank", 0))
     if weight is not None:
         if not is_plain(weight.view) or math.prod(weight.view.shape) != math.prod(shape):
             raise Refused("scales a normalisation in an order that is not its own")
@@ -103,7 +114,14 @@ def _match(
     return Match(fields["kind"], form, at.data(x), y or at.node, weight, bias, aux)
 
 
-def _first(at: Site) -> fx.Node:
+def _shift(bias: Operand, y: fx.Node, kind: str, rank: int) -> Match:
+    """A norm whose shift alone is trained: a shift of its output."""
+    if rank:  # with or without batch axis, channels have the same place from the right
+        return element_match("shift", bias, y, y, view=bias.view.reshape([-1, *(1,) * (rank - 1)]))
+    return element_match("shift", bias, y, y, start=1 if kind in CHANNELS else None)
+
+
+def first_result(at: Site) -> fx.Node:
     """The first result of an operation that returns (output, mean, rstd)."""
     for user in at.node.users:
         if len(user.args) == 2 and user.args[1] == 0:
@@ -111,14 +129,14 @@ def _first(at: Site) -> fx.Node:
     raise Refused("is used by a normalisation whose output is not read")
 
 
-def _functional(at: Site, weight: Any, bias: Any, size: int) -> tuple[Operand | None, Operand | None]:
+def operands_of(at: Site, weight: Any, bias: Any, size: int) -> tuple[Operand | None, Operand | None]:
     return at.operand(weight), at.bias(bias, size)
 
 
 @spelling(nn.LayerNorm)
 def _layer_module(at: Site, input: Any) -> Match:
     module = at.module
-    return _match(
+    return norm_match(
         at, input, tuple(module.normalized_shape), at.own("weight"), at.own("bias"), kind="layer_norm", eps=module.eps
     )
 
@@ -126,7 +144,7 @@ def _layer_module(at: Site, input: Any) -> Match:
 @spelling(nn.RMSNorm)
 def _rms_module(at: Site, x: Any) -> Match:
     module = at.module
-    return _match(at, x, tuple(module.normalized_shape), at.own("weight"), None, kind="rms_norm", eps=module.eps)
+    return norm_match(at, x, tuple(module.normalized_shape), at.own("weight"), None, kind="rms_norm", eps=module.eps)
 
 
 @spelling(F.layer_norm, aten.layer_norm.default)
@@ -140,27 +158,27 @@ def _layer(
     cudnn_enable: bool = True,
 ) -> Match:
     shape = numbers(normalized_shape, len(normalized_shape))
-    return _match(at, input, shape, *_functional(at, weight, bias, math.prod(shape)), kind="layer_norm", eps=eps)
+    return norm_match(at, input, shape, *operands_of(at, weight, bias, math.prod(shape)), kind="layer_norm", eps=eps)
 
 
 @spelling(torch.native_layer_norm, aten.native_layer_norm.default)
 def _native_layer(at: Site, input: Any, normalized_shape: Any, weight: Any, bias: Any, eps: float) -> Match:
     shape = numbers(normalized_shape, len(normalized_shape))
-    operands = _functional(at, weight, bias, math.prod(shape))
-    return _match(at, input, shape, *operands, y=_first(at), kind="layer_norm", eps=eps)
+    operands = operands_of(at, weight, bias, math.prod(shape))
+    return norm_match(at, input, shape, *operands, y=first_result(at), kind="layer_norm", eps=eps)
 
 
 @spelling(F.rms_norm, torch.rms_norm, aten.rms_norm.default)
 def _rms(at: Site, input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Match:
     shape = numbers(normalized_shape, len(normalized_shape))
-    return _match(at, input, shape, at.operand(weight), None, kind="rms_norm", eps=eps)
+    return norm_match(at, input, shape, at.operand(weight), None, kind="rms_norm", eps=eps)
 
 
 @spelling(nn.GroupNorm)
 def _group_module(at: Site, input: Any) -> Match:
     module = at.module
     operands = (at.own("weight"), at.own("bias"))
-    return _match(
+    return norm_match(
         at, input, (module.num_channels,), *operands, kind="group_norm", eps=module.eps, parts=module.num_groups
     )
 
@@ -175,89 +193,24 @@ def _group(
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
 ) -> Match:
-    channels = _channels(at, weight, bias)
-    operands = _functional(at, weight, bias, channels)
-    return _match(at, input, (channels,), *operands, kind="group_norm", eps=eps, parts=num_groups)
+    channels = channels_of(at, weight, bias)
+    operands = operands_of(at, weight, bias, channels)
+    return norm_match(at, input, (channels,), *operands, kind="group_norm", eps=eps, parts=num_groups)
 
 
 @spelling(torch.native_group_norm, aten.native_group_norm.default)
 def _native_group(
     at: Site, input: Any, weight: Any, bias: Any, N: Any, C: int, HxW: Any, group: int, eps: float
 ) -> Match:
-    operands = _functional(at, weight, bias, C)
-    return _match(at, input, (C,), *operands, y=_first(at), kind="group_norm", eps=eps, parts=group)
+    operands = operands_of(at, weight, bias, C)
+    return norm_match(at, input, (C,), *operands, y=first_result(at), kind="group_norm", eps=eps, parts=group)
 
 
-@spelling(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-def _batch_module(at: Site, input: Any) -> Match:
-    module = at.module
-    running = not module.training and module.running_mean is not None
-    names = [f"{at.node.target}.{name}" for name in ("running_mean", "running_var")] if running else []
-    aux = tuple(at.attribute(name) for name in names)
-    operands = (at.own("weight"), at.own("bias"))
-    fields: dict[str, Any] = {"kind": "batch_norm", "eps": module.eps, "running": running}
-    return _match(at, input, (module.num_features,), *operands, aux=aux, **fields)
-
-
-def _batch(at: Site, x: Any, mean: Any, var: Any, weight: Any, bias: Any, training: Any, eps: float, y: Any) -> Match:
-    if not isinstance(training, bool):
-        raise Refused("is used by a batch norm whose mode the graph computes")
-    channels = _channels(at, weight, bias)
-    operands = _functional(at, weight, bias, channels)
-    aux = () if training else (mean, var)
-    fields: dict[str, Any] = {"kind": "batch_norm", "eps": eps, "running": not training}
-    return _match(at, x, (channels,), *operands, y=y, aux=aux, **fields)
-
-
-@spelling(F.batch_norm)
-def _batch_function(
-    at: Site,
-    input: Any,
-    running_mean: Any,
-    running_var: Any,
-    weight: Any = None,
-    bias: Any = None,
-    training: Any = False,
-    momentum: Any = 0.1,
-    eps: float = 1e-5,
-) -> Match:
-    return _batch(at, input, running_mean, running_var, weight, bias, training, eps, None)
-
-
-@spelling(aten.batch_norm.default)
-def _batch_aten(
-    at: Site,
-    input: Any,
-    weight: Any,
-    bias: Any,
-    running_mean: Any,
-    running_var: Any,
-    training: Any,
-    momentum: Any,
-    eps: float,
-    cudnn_enabled: bool = True,
-) -> Match:
-    return _batch(at, input, running_mean, running_var, weight, bias, training, eps, None)
-
-
-@spelling(torch.native_batch_norm, aten.native_batch_norm.default, aten._native_batch_norm_legit.default)
-@spelling(aten._native_batch_norm_legit_functional.default)
-def _batch_native(
-    at: Site,
-    input: Any,
-    weight: Any,
-    bias: Any,
-    running_mean: Any,
-    running_var: Any,
-    training: Any,
-    momentum: Any,
-    eps: float,
-) -> Match:
-    return _batch(at, input, running_mean, running_var, weight, bias, training, eps, _first(at))
-
-
-def _channels(at: Site, weight: Any, bias: Any) -> int:
+def channels_of(at: Site, weight: Any, bias: Any) -> int:
     operand = at.operand(weight) or at.operand(bias)
     if operand is None:
-        raise Refused("meets a normalisation in another role than scale or shift")
+        raise Refused(
+            "is normalised before its product (a standardised weight): it keeps its plain gradient, or standardise the "
+            "stored weight after each step instead"
+        )
     return math.prod(operand.view.shape)

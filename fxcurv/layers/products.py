@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fxcurv.capture.proxies import IN_PLACE
+from fxcurv.layers.elements import lone_bias
+from fxcurv.layers.elementwise import shift
 from fxcurv.layers.linear import einsum_form, linear_form
 from fxcurv.layers.spelling import Match, Operand, Site, is_plain, spelling
 from fxcurv.layers.view import Refused
@@ -64,6 +66,8 @@ def _sides(at: Site, left: Any, right: Any) -> tuple[Operand, bool]:
 
 @spelling(nn.Linear, NonDynamicallyQuantizableLinear)
 def _module(at: Site, input: Any) -> Match:
+    if at.computes("weight"):
+        return lone_bias(at, at.own("bias"), -1)
     weight = at.own("weight")
     if weight is None:
         raise Refused("is the bias of a linear layer without weight")
@@ -72,6 +76,8 @@ def _module(at: Site, input: Any) -> Match:
 
 @spelling(F.linear, aten.linear.default)
 def _linear(at: Site, input: Any, weight: Any, bias: Any = None) -> Match:
+    if at.operand(weight) is None:
+        return lone_bias(at, bias, -1)
     operand = at.weight(weight)
     if operand.view.ndim == 1:
         return _contract(at, input, operand, "...i", "i", "...")
@@ -199,7 +205,7 @@ def _tensordot(at: Site, a: Any, b: Any, dims: Any = 2, dims_other: Any = None, 
 
 @spelling("add", "add_", operator.add, operator.iadd, IN_PLACE["iadd"], torch.add, aten.add.Tensor, aten.add_.Tensor)
 def _separate_bias(at: Site, input: Any, other: Any, *, alpha: Any = 1) -> Match:
-    """A parameter added to a product that nothing else reads is that product's bias."""
+    """A parameter added to a product that nothing else reads is that product's bias, any other is a shift."""
     for product, argument in ((input, other), (other, input)):
         match, bias = at.products.get(product), at.operand(argument)
         if match is None or bias is None:
@@ -207,7 +213,7 @@ def _separate_bias(at: Site, input: Any, other: Any, *, alpha: Any = 1) -> Match
         free = match.bias is None and match.out_axes is not None and len(product.users) == 1 and alpha == 1
         if free and _is_bias(bias, match.out_axes or ()):
             return replace(match, bias=bias, y=at.node)
-    raise Refused("is added elementwise")
+    return shift(at, input, other, alpha)
 
 
 def _is_bias(bias: Operand, out_axes: tuple[tuple[int, int], ...]) -> bool:

@@ -37,6 +37,9 @@ def explain(node: fx.Node, module: Any) -> str:
     if node.op == "output":
         return "is returned by the model itself"
     if node.op == "call_module":
+        kind = type(module)
+        if kind.__module__.startswith("torch.ao.nn.qat"):
+            return f"is quantised on the fly by {kind.__module__}.{kind.__name__}, which is no layer kind"
         if "parametrizations" in dict(module.named_children()):
             return f"reaches {type(module).__name__} through a parametrisation"
         hint = ", but frontend='export' sees its projections" if isinstance(module, nn.MultiheadAttention) else ""
@@ -46,3 +49,27 @@ def explain(node: fx.Node, module: Any) -> str:
     if node.target in _PARTS:
         return "is sliced or joined with other tensors"
     return f"is used by {getattr(node.target, '__name__', node.target)}, which is no layer kind"
+
+
+def remedy(model: nn.Module, parameter: str) -> str:
+    """What to do about a parameter from which a module computes its tensor; "" for any other."""
+    path, _, leaf = parameter.rpartition(".")
+    if "parametrizations" in path.split("."):
+        path, _, tensor = f".{path}".rpartition(".parametrizations.")
+        call = f"torch.nn.utils.parametrize.remove_parametrizations(model{path}, '{tensor}')"
+        return f"; it keeps its plain gradient, or call {call} first"
+    try:
+        owner = model.get_submodule(path)
+    except AttributeError:  # a parameter of a front-end's own module
+        return ""
+    stem, _, kind = leaf.rpartition("_")
+    buffers, own = dict(owner.named_buffers(recurse=False)), dict(owner.named_parameters(recurse=False))
+    call = ""
+    if kind == "orig" and f"{stem}_mask" in buffers:
+        call = f"prune.remove({{}}, '{stem}')"
+    elif kind == "orig" and f"{stem}_u" in buffers:
+        call = f"remove_spectral_norm({{}}, '{stem}')"
+    elif kind in ("g", "v") and f"{stem}_g" in own and f"{stem}_v" in own:
+        call = f"remove_weight_norm({{}}, '{stem}')"
+    where = f"model.{path}" if path else "model"
+    return f"; it keeps its plain gradient, or call torch.nn.utils.{call.format(where)} first" if call else ""

@@ -10,9 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxcurv.layers.bags import BagForm
 from fxcurv.layers.conv import ConvForm
+from fxcurv.layers.elements import ElementForm
 from fxcurv.layers.embedding import EmbeddingForm
 from fxcurv.layers.form import Form
+from fxcurv.layers.recurrence.products import is_sequence
 from fxcurv.layers.tap import reduction
 
 Aux = tuple[Tensor, ...]
@@ -20,9 +23,11 @@ Aux = tuple[Tensor, ...]
 
 @reduction("count(a)")
 def count_rows(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
-    """Number of rows, from the shape of the output gradient's rows."""
+    """Number of rows, from the shape of the output gradient's rows; only those that exist of unequal sequences."""
     if isinstance(form, EmbeddingForm):
         return form.valid(x).sum().to(g.dtype)
+    if is_sequence(form) and aux:
+        return aux[0].sum().to(g.dtype)
     rows = form.rows_g(g)
     return torch.full((), float(rows.shape[0] * rows.shape[1]), dtype=g.dtype, device=g.device)
 
@@ -55,13 +60,26 @@ def gram_of_positions(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -
 @reduction("diag_gram(a)")
 def token_counts(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
     """Diagonal of an embedding's input Gram: how often each index occurs."""
-    return form.input_counts(x, g.dtype) if isinstance(form, EmbeddingForm) else None
+    if isinstance(form, BagForm) and torch.compiler.is_compiling():
+        return None
+    return form.input_counts(x, g.dtype, *aux) if isinstance(form, (EmbeddingForm, BagForm)) else None
 
 
 @reduction("grad_square(a, g)")
-def token_squares(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
-    """Squared per-example gradients of an embedding, Mat[embedding_dim, num_embeddings]."""
-    return _token_squares(form, x, form.rows_g(g)) if _by_index(form) else None
+def squares(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
+    """Squared per-example gradients of an embedding, Mat[embedding_dim, num_embeddings], or of single entries."""
+    if isinstance(form, ElementForm):
+        return form.example_gradients(x, g, *aux).square().sum(0).unsqueeze(1)
+    return _token_squares(form, x, form.rows_g(g), aux) if _by_index(form) else None
+
+
+@reduction("grad_gram(a, g)")
+def entry_blocks(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
+    """The whole block of every entry of an element-wise parameter, Psd[groups; d_in], without rows."""
+    if not isinstance(form, ElementForm):
+        return None
+    gradients = form.example_gradients(x, g, *aux)
+    return torch.einsum("bgi,bgj->gij", gradients, gradients)
 
 
 @reduction("second_moment(a, g, $, $)")
@@ -72,22 +90,21 @@ def token_moments(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Te
     basis_a, basis_g = states
     rows = form.rows_g(g)
     rows = rows * basis_g if basis_g.ndim == 1 else rows @ basis_g
-    return _token_squares(form, x, rows) * basis_a.square()
+    return _token_squares(form, x, rows, aux) * basis_a.square()
 
 
 def _by_index(form: Form) -> bool:
     # Finding the tokens of each example gives tensors of unknown size, which a compiled graph cannot hold.
-    return isinstance(form, EmbeddingForm) and not torch.compiler.is_compiling()
+    return isinstance(form, (EmbeddingForm, BagForm)) and not torch.compiler.is_compiling()
 
 
-def _token_squares(form: Form, x: Tensor, rows: Tensor) -> Tensor:
+def _token_squares(form: Form, x: Tensor, rows: Tensor, aux: Aux) -> Tensor:
     """Sum over examples of (sum of ``rows`` over the places where a token occurs in the example)^2, by token."""
-    assert isinstance(form, EmbeddingForm)
-    keep = form.valid(x)
-    examples = torch.arange(keep.shape[0], device=x.device).unsqueeze(1).expand_as(keep)
-    pairs = (examples * form.d_in + x.reshape(keep.shape))[keep]
-    found, place = torch.unique(pairs, return_inverse=True)
-    sums = rows.new_zeros(len(found), form.d_out).index_add_(0, place, rows.squeeze(2)[keep] * form.scale)
+    assert isinstance(form, (EmbeddingForm, BagForm))
+    entries = form.entries(x, rows.dtype, *aux)
+    found, place = torch.unique(entries.examples * form.d_in + entries.tokens, return_inverse=True)
+    terms = rows.reshape(-1, form.d_out)[entries.rows] * entries.factors.unsqueeze(1)
+    sums = rows.new_zeros(len(found), form.d_out).index_add_(0, place, terms)
     table = rows.new_zeros(form.d_in, form.d_out).index_add_(0, found % form.d_in, sums.square())
     return table.t().contiguous()
 
@@ -96,7 +113,7 @@ def _sum_of_products(columns: Tensor) -> Tensor:
     """sum_b C_b C_b^T for (b, d, positions), in batches whose results stay small."""
     b, d, _ = columns.shape
     step = max(1, min(b, (1 << 20) // max(1, d * d)))
-    if torch.compiler.is_compiling() or step == b:
+    if torch.compiler.is_compiling() or step >= b:
         return torch.bmm(columns, columns.mT).sum(0)
     total = columns.new_zeros(d, d)
     for part in columns.split(step):

@@ -18,6 +18,7 @@ from torch import fx, nn
 from fxcurv.capture.kept import keep_whole
 from fxcurv.errors import FxcurvError
 from fxcurv.layers.form import Form
+from fxcurv.layers.region import Place
 from fxcurv.layers.view import Refused, View
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -52,6 +53,14 @@ class Operand:
     view: View
     chain: tuple[str, ...] = ()
 
+    @property
+    def place(self) -> Place:
+        """The part of the parameter that arrives; all of it where no region can say which."""
+        try:
+            return Place(self.parameter, self.view.region)
+        except Refused:
+            return Place(self.parameter)
+
 
 @dataclass(frozen=True)
 class Match:
@@ -83,6 +92,7 @@ class Site:
     owned: the called module's own parameters by attribute name.
     products: matches so far, by the node of the product.
     fed, parametric: nodes that depend on inputs or constants of the graph, and on parameters.
+    varying: nodes whose values, not only their sizes, depend on the inputs of the graph.
     attribute: returns a node that reads a tensor of the user's module, creating it where needed.
     reasons: why an operand of this node is not part of the match, by parameter.
     """
@@ -95,6 +105,7 @@ class Site:
     fed: set[fx.Node]
     parametric: set[fx.Node]
     attribute: Callable[[str], fx.Node]
+    varying: set[fx.Node] = field(default_factory=set)
     reasons: dict[str, str] = field(default_factory=dict)
 
     def operand(self, argument: Any) -> Operand | None:
@@ -127,9 +138,13 @@ class Site:
 
         A module that has the tensor but not as a parameter (parametrisation, weight norm, pruning) is refused.
         """
-        if role not in self.owned and getattr(self.module, role, None) is not None:
+        if self.computes(role):
             raise Refused(f"reaches the {role} of {type(self.module).__name__} through a parametrisation")
         return self.owned.get(role)
+
+    def computes(self, role: str) -> bool:
+        """Whether the called module has a tensor of this name that is no parameter of its own."""
+        return role not in self.owned and getattr(self.module, role, None) is not None
 
     def data(self, argument: Any) -> fx.Node:
         """The node of the data operand; an expression of parameters alone is no data."""

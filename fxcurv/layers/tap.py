@@ -104,7 +104,7 @@ class Tap(torch.autograd.Function):
         slots = rest[len(extras) :]
         ctx.spec = spec
         ctx.slot_like = tuple((slot.shape, slot.dtype) for slot in slots)
-        ctx.save_for_backward(x, *extras)
+        ctx.save_for_backward(*spec.form.kept(x, *extras[: spec.aux]), *extras[spec.aux :])
         return y.detach()
 
     @staticmethod
@@ -112,10 +112,14 @@ class Tap(torch.autograd.Function):
         x, *extra = ctx.saved_tensors
         spec: TapSpec = ctx.spec
         wanted = wanted_slots(ctx, len(spec.statistics))
-        filled = [
-            spec.measure(i, x.detach(), g.detach(), tuple(extra)).to(dtype).reshape(shape) if want else None
-            for i, (want, (shape, dtype)) in enumerate(zip(wanted, ctx.slot_like, strict=True))
-        ]
+
+        def value(index: int) -> Tensor:
+            shape, dtype = ctx.slot_like[index]
+            if not g.numel():  # an empty batch: forms need not know how to lay out its rows
+                return g.new_zeros(shape, dtype=dtype)
+            return spec.measure(index, x.detach(), g.detach(), tuple(extra)).to(dtype).reshape(shape)
+
+        filled = [value(index) if want else None for index, want in enumerate(wanted)]
         return (None, g, None, *(None for _ in extra), *filled)
 
 

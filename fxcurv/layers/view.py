@@ -3,7 +3,8 @@
 A weight often reaches its product transposed, cast, viewed with more or fewer axes, or times a number. A
 :class:`View` follows the axes through such steps without any tensor. Each current axis is a list of pieces
 of stored axes, so that a split undone later (``(D, D)`` read as ``(heads, D / heads, D)``) costs nothing,
-and a view that the normal form cannot express is refused instead of being guessed.
+and a view that the normal form cannot express is refused instead of being guessed. A slice leaves a range of a
+stored axis; where the range starts is kept beside the pieces, because starts along one axis only ever add up.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+from fxcurv.layers.region import Region
 
 _UNKNOWN = 1 << 40  # size of an axis repeated as often as the data says: no reshape can be followed after it
 
@@ -32,20 +35,26 @@ class Piece:
 class View:
     """Axes of a derived weight in terms of the stored one.
 
-    stored: shape of the parameter; shape: shape of the derived tensor; scale: constant factor.
+    stored: shape of the part of the parameter that is left; shape: shape of the derived tensor; scale: constant factor.
     axes: pieces of each derived axis, outermost first; empty for an axis of size 1 or one made by ``expand``.
+    whole: shape of the parameter; starts: first index of the part along each stored axis (empty: nothing was cut).
+    cut: stored axes of which only the first indices are read, as many as the data says; ``shape`` has their full sizes.
     """
 
     stored: tuple[int, ...]
     shape: tuple[int, ...]
     axes: tuple[tuple[Piece, ...], ...]
     scale: float = 1.0
+    whole: tuple[int, ...] = ()
+    starts: tuple[int, ...] = ()
+    cut: tuple[int, ...] = ()
 
     @staticmethod
     def of(shape: Sequence[int]) -> View:
         """The parameter itself."""
         stored = tuple(shape)
-        return View(stored, stored, tuple((Piece(k, 1, n),) if n != 1 else () for k, n in enumerate(stored)))
+        axes = tuple((Piece(k, 1, n),) if n != 1 else () for k, n in enumerate(stored))
+        return View(stored, stored, axes, whole=stored)
 
     @property
     def ndim(self) -> int:
@@ -87,14 +96,68 @@ class View:
         shape = tuple(total // known if size == -1 and known else size for size in sizes)
         if math.prod(shape) != total:
             raise Refused(f"is reshaped to {list(sizes)}, which does not hold its {total} numbers")
+        if self.cut and [size for size in shape if size != 1] != [size for size in self.shape if size != 1]:
+            raise Refused("is sliced to a size that the graph computes and then reshaped")
         pending = [piece for pieces in self.axes for piece in pieces][::-1]
         return replace(self, shape=shape, axes=tuple(_take(pending, size) for size in shape))
+
+    def narrow(self, axis: int, start: int, size: int) -> View:
+        """``size`` indices of a derived axis from ``start`` on; an axis made by ``expand`` only gets shorter."""
+        if size < 1 or not 0 <= start <= self.shape[axis] - size:
+            raise Refused("is sliced to nothing, or beyond its end")
+        if size == self.shape[axis]:
+            return self
+        if any(piece.axis in self.cut for piece in self.axes[axis]):
+            raise Refused("is sliced to a size that the graph computes and then once more")
+        pieces, moves = _cut(self.axes[axis], start, size)
+        starts = list(self.starts or (0,) * len(self.stored))
+        for stored_axis, offset in moves:
+            starts[stored_axis] += offset
+        shape, axes = list(self.shape), list(self.axes)
+        shape[axis], axes[axis] = size, pieces
+        stored = [1] * len(self.stored)
+        for piece in (piece for pieces in axes for piece in pieces):
+            stored[piece.axis] *= piece.size
+        return replace(self, stored=tuple(stored), shape=tuple(shape), axes=tuple(axes), starts=tuple(starts))
+
+    def first(self, axis: int) -> View:
+        """The first indices of a derived axis, as many as the data says when the graph runs."""
+        pieces = self.axes[axis]
+        if len(pieces) != 1 or pieces[0].size != self.stored[pieces[0].axis]:
+            raise Refused("is sliced to a size that the graph computes")
+        return replace(self, cut=(*self.cut, pieces[0].axis))
+
+    def select(self, axis: int, index: int) -> View:
+        """One index of a derived axis, which is gone afterwards."""
+        axis %= self.ndim
+        view = self.narrow(axis, index + self.shape[axis] if index < 0 else index, 1)
+        return view._without([axis])
+
+    def _without(self, axes: Sequence[int]) -> View:
+        kept = [k for k in range(self.ndim) if k not in axes]
+        return replace(self, shape=tuple(self.shape[k] for k in kept), axes=tuple(self.axes[k] for k in kept))
+
+    @property
+    def region(self) -> Region | None:
+        """The part of the parameter that is left, ``None`` for all of it; refused where two axes were cut."""
+        if not self.starts:
+            return None
+        cut = [k for k, (left, size) in enumerate(zip(self.stored, self.whole, strict=True)) if left != size]
+        if not cut:
+            return None
+        if len(cut) > 1:
+            raise Refused("is used in part along two of its axes")
+        return Region(cut[0], self.starts[cut[0]], self.starts[cut[0]] + self.stored[cut[0]])
 
     def order(self, axes: Sequence[int]) -> tuple[int, ...]:
         """Permutation of the stored axes after which a reshape gives the derived ``axes`` in this order.
 
-        Raises :class:`Refused` if no permutation of whole stored axes does.
+        Raises :class:`Refused` if no permutation of whole stored axes (or of the contiguous part that is left) does.
         """
+        if self.cut:
+            raise Refused("is sliced to a size that the graph computes")
+        if self.starts and any(self._gaps(axis) for axis in range(len(self.stored))):
+            raise Refused("reaches its product in parts that lie apart along one axis")
         result: list[int] = []
         rest = 1  # indices of the stored axis under way that pieces still to come must cover
         for piece in (piece for axis in axes for piece in self.axes[axis]):
@@ -109,6 +172,26 @@ class View:
         if result == sorted(result):
             return tuple(range(len(self.stored)))
         return (*result, *(k for k, n in enumerate(self.stored) if n == 1))
+
+    def _gaps(self, axis: int) -> bool:
+        """Whether the indices left of a stored axis are not a contiguous range."""
+        pieces = [piece for pieces in self.axes for piece in pieces if piece.axis == axis]
+        return sum(piece.stride * (piece.size - 1) for piece in pieces) + 1 != self.stored[axis]
+
+
+def _cut(pieces: tuple[Piece, ...], start: int, size: int) -> tuple[tuple[Piece, ...], list[tuple[int, int]]]:
+    """``size`` indices of an axis made of ``pieces``, from ``start`` on, and how far that moves along stored axes."""
+    if not pieces:
+        return (), []
+    head, inner = pieces[0], math.prod(piece.size for piece in pieces[1:])
+    move = (head.axis, head.stride * (start // inner))
+    if start % inner == 0 and size % inner == 0:
+        count = size // inner
+        return ((Piece(head.axis, head.stride, count),) if count > 1 else ()) + pieces[1:], [move]
+    if start // inner == (start + size - 1) // inner:
+        left, moves = _cut(pieces[1:], start % inner, size)
+        return left, [move, *moves]
+    raise Refused("is sliced across axes that were joined before")
 
 
 def _take(pending: list[Piece], size: int) -> tuple[Piece, ...]:

@@ -10,5 +10,6 @@ from fxcurv.losses.base import Loss
 from fxcurv.losses.cross_entropy import CrossEntropy
 from fxcurv.losses.elementwise import BCE, MSE, Gaussian
 from fxcurv.losses.resolve import LOSSES, resolve_loss
+from fxcurv.losses.semi_supervised import SemiSupervised, strength
 
-__all__ = ["BCE", "LOSSES", "MSE", "CrossEntropy", "Gaussian", "Loss", "resolve_loss"]
+__all__ = ["BCE", "LOSSES", "MSE", "CrossEntropy", "Gaussian", "Loss", "SemiSupervised", "resolve_loss", "strength"]

@@ -12,8 +12,10 @@ from fxcurv.methods.adam import adam
 from fxcurv.methods.diag import diag
 from fxcurv.methods.ekfac import ekfac
 from fxcurv.methods.foof import foof
+from fxcurv.methods.gnn_ng import gnn_ng
 from fxcurv.methods.hessian_free import hessian_free
 from fxcurv.methods.kfac import kfac
+from fxcurv.methods.kfac_rnn import kfac_rnn
 from fxcurv.methods.method import Method
 from fxcurv.methods.registry import PUBLISHED, Published, get_method, published
 from fxcurv.methods.sgd import sgd
@@ -29,8 +31,10 @@ __all__ = [
     "ekfac",
     "foof",
     "get_method",
+    "gnn_ng",
     "hessian_free",
     "kfac",
+    "kfac_rnn",
     "published",
     "sgd",
     "shampoo",

@@ -6,6 +6,7 @@ bring stored gradients into that form and updates back out of it, and names the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -15,16 +16,22 @@ from torch import fx, nn
 from fxcurv.ir.program import Builder
 from fxcurv.ir.types import Rows, Scalar, Tensor
 from fxcurv.layers.layer import Layer
+from fxcurv.layers.region import Place
+
+SEQUENCES = ("linear", "recurrent")  # kinds of layers whose positions may be the steps of a sequence
 
 
 @dataclass(frozen=True)
 class Target:
     """One layer as a method sees it.
 
-    name: the layer's name, owner of its nodes and states. input: name under which its input rows are measured (layers
-    that read the same rows share it). groups, d_out, d_in, bias, diagonal_input, unitwise: see
-    :class:`fxcurv.layers.form.Form`. permutation, weight_shape: storage of the weight. swapped: whether the layer also
-    has uses with the transposed role. dtype: of the program's values for this layer.
+    name: the layer's name, owner of its nodes and states. weight, bias: keys of the layer's parts of its parameters
+    (see :mod:`fxcurv.layers.region`), the names where these are whole. input: name under which its input rows are
+    measured (layers that read the same rows share it). groups, d_out, d_in, bias, diagonal_input, unitwise: see
+    :class:`fxcurv.layers.form.Form`. permutation, weight_shape: storage of this part. swapped: whether the layer also
+    has uses with the transposed role. sequential: whether positions may be the steps of a sequence: not pixels, and not
+    where a loop applies the weight anew at each step. dtype: of the program's values for this layer. stored_weight,
+    stored_bias: shapes of these parts of the parameters where they are not weight_shape and (groups * d_out,).
     """
 
     name: str
@@ -40,7 +47,10 @@ class Target:
     permutation: tuple[int, ...]
     weight_shape: tuple[int, ...]
     swapped: bool = False
+    sequential: bool = False
     dtype: torch.dtype = torch.float32
+    stored_weight: tuple[int, ...] | None = None
+    stored_bias: tuple[int, ...] | None = None
 
     def rows(self, b: Builder, side: str) -> fx.Node:
         """Rows of one side as a statistic input: "a", "g", or "a2", "g2" of the swapped uses."""
@@ -53,23 +63,35 @@ class Target:
         inputs = self.d_in - self.homogeneous
         shape = [self.d_out, inputs] if self.groups == 1 else [self.groups, self.d_out, inputs]
         assert self.weight is not None
-        stored = b.input("grad", self.weight, Tensor(self.weight_shape, self.dtype))
-        matrix = b.matricize(stored, list(self.permutation), shape)
+        shapes = self.stored_weight, self.stored_bias
+        own = self.weight_shape if shapes[0] is None else shapes[0]
+        stored = b.input("grad", self.weight, Tensor(own, self.dtype))
+        matrix = b.matricize(_reshaped(b, stored, self.weight_shape), list(self.permutation), shape)
         if not self.homogeneous:
             return matrix
         assert self.bias is not None
-        column = b.input("grad", self.bias, Tensor((self.groups * self.d_out,), self.dtype))
-        return b.append_column(matrix, column)
+        own = (self.groups * self.d_out,) if shapes[1] is None else shapes[1]
+        return b.append_column(matrix, b.input("grad", self.bias, Tensor(own, self.dtype)))
 
     def update(self, b: Builder, direction: fx.Node) -> None:
         """Yield a normal-form direction as updates of the stored parameters."""
         matrix = direction
         if self.homogeneous:
             assert self.bias is not None
-            b.give("update", self.bias, b.last_column(direction))
+            b.give("update", self.bias, _reshaped(b, b.last_column(direction), self.stored_bias))
             matrix = b.weight_columns(direction)
         assert self.weight is not None
-        b.give("update", self.weight, b.tensorize(matrix, list(self.permutation), list(self.weight_shape)))
+        stored = b.tensorize(matrix, list(self.permutation), list(self.weight_shape))
+        b.give("update", self.weight, _reshaped(b, stored, self.stored_weight))
+
+
+def _reshaped(b: Builder, node: fx.Node, shape: tuple[int, ...] | None) -> fx.Node:
+    """A tensor in another shape, if one is given that it has not got already."""
+    old = node.meta["type"].shape
+    if shape is None or old == shape:
+        return node
+    flat = b.matricize(node, list(range(len(old))), [1, math.prod(old)])
+    return b.tensorize(flat, list(range(len(shape))), list(shape))
 
 
 @dataclass(frozen=True)
@@ -96,6 +118,13 @@ def program_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _stored(
+    place: Place | None, parameters: Mapping[str, nn.Parameter], usual: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    shape = usual if place is None else place.shape(parameters[place.name].shape)
+    return None if shape == usual else shape
+
+
 def gather(model: nn.Module, layers: Iterable[Layer], max_factor_dim: int, sharing: str) -> Facts:
     """The facts of a model whose ``layers`` are to be preconditioned."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -108,8 +137,8 @@ def gather(model: nn.Module, layers: Iterable[Layer], max_factor_dim: int, shari
             Target(
                 name=layer.name,
                 input=first.setdefault((layer.input_key, form.groups, form.d_in), layer.name),
-                weight=layer.weight,
-                bias=layer.bias,
+                weight=layer.weight_key,
+                bias=layer.bias_key,
                 groups=form.groups,
                 d_out=form.d_out,
                 d_in=form.d_in,
@@ -118,7 +147,10 @@ def gather(model: nn.Module, layers: Iterable[Layer], max_factor_dim: int, shari
                 unitwise=form.unitwise,
                 permutation=tuple(form.permutation),
                 weight_shape=tuple(form.weight_shape),
+                stored_weight=_stored(layer.weight_place, parameters, tuple(form.weight_shape)),
+                stored_bias=_stored(layer.bias_place, parameters, (form.groups * form.d_out,)),
                 swapped=len(plain) < len(layer.uses),
+                sequential=len(layer.uses) == 1 and layer.kind in SEQUENCES,
                 dtype=program_dtype(parameters[layer.params[0]].dtype),
             )
         )

@@ -138,6 +138,7 @@ class Method:
     """A second-order method: its parts and its run-time hyper-parameters.
 
     hyper: numbers the program reads at run time (damping, ema, kl_clip, lr, ...); changing one recompiles nothing.
+    aggregated: measure a product S @ (H @ W) behind the aggregation, as (S @ H) @ W (:mod:`fxcurv.layers.aggregate`).
     """
 
     name: str
@@ -154,6 +155,7 @@ class Method:
     max_factor_dim: int = 8192
     sharing: str = "expand"
     seed: int = 0
+    aggregated: bool = False
 
     def __post_init__(self) -> None:
         if self.sharing not in ("expand", "reduce"):
@@ -181,6 +183,12 @@ def curvature_weight(b: Builder, facts: Facts) -> fx.Node:
     """The factor that turns a sum of squares of captured gradients into the curvature of the mean loss."""
     with b.within(owner=()):
         return b.input("stat", "weight", Scalar((), facts.dtype))
+
+
+def loss_terms(b: Builder, facts: Facts) -> fx.Node:
+    """The number N of loss terms behind the statistics, the divisor of the mean loss."""
+    with b.within(owner=()):
+        return b.input("stat", "terms", Scalar((), facts.dtype))
 
 
 def is_diagonal(factor: fx.Node) -> bool:

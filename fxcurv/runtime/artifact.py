@@ -27,6 +27,7 @@ from fxcurv.errors import FxcurvError
 from fxcurv.ir.program import Program
 from fxcurv.ir.statistic import RowsOf, leaves, parse_statistic
 from fxcurv.ir.text import parse_program
+from fxcurv.layers.region import fits, place_of
 from fxcurv.losses import Loss
 from fxcurv.methods import PUBLISHED, Method
 from fxcurv.methods.facts import Facts, gather
@@ -157,6 +158,7 @@ def load(
         backend=request["backend"],
         layers=request["layers"],
         skip=request["skip"],
+        fused=request.get("fused"),
         on_nonfinite=request["on_nonfinite"],
         passes=(Detect(), Read(str(root / PROGRAM), report["targets"]), TapPass(), Lower()),
         proofs=given,
@@ -199,22 +201,31 @@ def check_fit(program: Program, facts: Facts, targets: list[dict[str, Any]]) -> 
     if extra is not None:
         raise FxcurvError(f"this model has a layer '{extra}' that the artifact was not compiled for; {again}")
     for role, node in (program.inputs("grad") | program.inputs("param")).items():
-        shape = facts.parameters.get(role.key)
+        shape = _shape(role.key, facts)
         if shape is None:
             raise FxcurvError(f"the program reads the parameter '{role.key}', which this model does not have; {again}")
-        if tuple(shape) != node.meta["type"].shape:
+        if shape != node.meta["type"].shape:
             raise FxcurvError(
-                f"parameter '{role.key}' has shape {tuple(shape)} in this model and {node.meta['type'].shape} in the "
+                f"parameter '{role.key}' has shape {shape} in this model and {node.meta['type'].shape} in the "
                 f"artifact; {again}"
             )
     for role in program.outputs("update"):
-        if role.key not in facts.parameters:
+        if _shape(role.key, facts) is None:
             raise FxcurvError(f"the program updates the parameter '{role.key}', which this model lacks; {again}")
     for role in program.inputs("stat"):
         expression = parse_statistic(role.key)
         for leaf in leaves(expression) if expression is not None else ():
             if isinstance(leaf, RowsOf) and leaf.layer not in mine:
                 raise FxcurvError(f"the program measures a layer '{leaf.layer}' that this model does not have; {again}")
+
+
+def _shape(key: str, facts: Facts) -> tuple[int, ...] | None:
+    """Shape of a parameter, or of a region of one, ``None`` if the model does not have it."""
+    try:
+        place = place_of(key, facts.parameters)
+    except FxcurvError:
+        return None
+    return place.shape(facts.parameters[place.name]) if fits(place, facts.parameters) else None
 
 
 def _digest(content: bytes) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fxcurv.errors import FxcurvError
 from fxcurv.layers.tap import disarmed
+from fxcurv.runtime.distributed import refuse_static_graph
 from fxcurv.runtime.engine import Engine
 from fxcurv.runtime.oracles import GGNOracle, HessianOracle
 from fxcurv.runtime.sources import NOT_RECORDED, columns, run_columns
@@ -95,8 +96,10 @@ def _columns(engine: Engine, call: BackwardCall) -> None:
     # Among several forwards that may have made these outputs the smallest batch is right for all: it only asks for more
     # columns.
     examples = min((batch for batch in call.batches if batch and rows % batch == 0), default=None)
-    key, values = (engine.seed, engine.step, engine.micro), outputs.detach()
-    found = columns(engine.method.source, loss, values, key, call.targets, call.mask, examples)
+    key, values, source = (engine.seed, engine.step, engine.micro), outputs.detach(), engine.method.source
+    refuse_static_graph(outputs)
+    first_row = 0 if source.kind == "ggn" else engine.ranks.first_row(rows, outputs.device)
+    found = columns(source, loss, values, key, call.targets, call.mask, examples, first_row)
     run_columns(statistics, outputs, found)
     statistics.terms += float(loss.count(values, call.targets, call.mask))
     engine.micro += 1

@@ -145,13 +145,14 @@ def _batch(example: dict[str, Any] | None) -> int:
 
 def _forward(module: CurvatureModule) -> dict[str, Any]:
     captured, tapped = module._engine.compilation.captured, module._engine.compilation.tapped
+    graphs = tapped.graphs if tapped else ()
     if captured is None:
         return {"frontend": "", "nodes": 0, "taps": 0, "slots": 0}
     return {
         "frontend": captured.frontend,
-        "nodes": len(captured.graph.nodes),
-        "taps": len(tapped.taps) if tapped else 0,
-        "slots": len(tapped.slots) if tapped else 0,
+        "nodes": sum(len(part.graph.nodes) for part in captured.graphs),
+        "taps": sum(len(graph.taps) for graph in graphs),
+        "slots": sum(len(graph.slots) for graph in graphs),
     }
 
 

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from fxcurv.errors import FxcurvError, FxcurvWarning
 from fxcurv.ir.program import REFRESH, STATISTICS, Role
+from fxcurv.layers.region import place_of
 from fxcurv.losses import Loss
 from fxcurv.passes.lower import Lowered, Slice
 from fxcurv.passes.manager import Compilation
+from fxcurv.runtime.batch import Batch, measured
+from fxcurv.runtime.distributed import WORLD, Ranks
 from fxcurv.runtime.info import StepInfo
 from fxcurv.runtime.oracles import GGNOracle, HessianOracle
 from fxcurv.runtime.recover import Recovery, recover
@@ -34,7 +37,8 @@ class Engine:
     step counts finished steps, micro the backward calls of the running one; with seed they fix all random draws.
     forced holds what ``due`` asked for. overdue: a factorisation could not be renewed when it was due, so the next step
     tries again. terms: loss terms behind the last statistics. info: what the program reported in the last step
-    (``kl_scale``, iterates).
+    (``kl_scale``, iterates). process_group: the processes that train this model together; see
+    :mod:`fxcurv.runtime.distributed`.
     """
 
     def __init__(self, model: nn.Module, compilation: Compilation, loss: Loss | None, on_nonfinite: str) -> None:
@@ -48,16 +52,15 @@ class Engine:
         self.on_nonfinite = on_nonfinite
         self.hyper = dict(self.method.hyper)
         self.dtype = compilation.facts.dtype
-        trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-        self.places = {
-            trainable[id(p)]: (module._parameters, key)
-            for module in model.modules()
-            for key, p in module._parameters.items()
-            if p is not None and id(p) in trainable
-        }
-        self.places = {name: self.places[name] for name in trainable.values()}
+        self.places: dict[str, tuple[dict[str, nn.Parameter | None], str]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                path, _, key = name.rpartition(".")
+                self.places[name] = model.get_submodule(path)._parameters, key
         self.first = next(iter(self.places))
-        self.anchors = {name: name for name in self.places} | {t.name: t.weight for t in self.facts.targets if t.weight}
+        self.anchors = {name: name for name in self.places} | {
+            t.name: place_of(t.weight, self.places).name for t in self.facts.targets if t.weight
+        }
         self.states = States(self.lowered.program, self.device_of)
         self.commits = self.lowered.commits()
         self.dtypes = {role: node.meta["type"].dtype for role, node in self.lowered.program.inputs("grad").items()}
@@ -73,12 +76,13 @@ class Engine:
         self.info: dict[str, Tensor] = {}
         self.warned: set[str] = set()
         self.written = Written()
+        self.process_group: Any = WORLD
 
     def clone(self, model: nn.Module) -> Engine:
         """The same program with an independent copy of the state, for a copied model."""
         other = Engine(model, self.compilation, self.loss, self.on_nonfinite)
         other.hyper, other.step, other.overdue, other.terms = dict(self.hyper), self.step, self.overdue, self.terms
-        other.seed, other.forced = self.seed, dict(self.forced)
+        other.seed, other.forced, other.process_group = self.seed, dict(self.forced), self.process_group
         other.states = self.states.clone()
         return other
 
@@ -101,21 +105,32 @@ class Engine:
         """Whether the coming step uses statistics of layers."""
         return self.method.source.taps and bool(self.statistics.types) and self.is_due(STATISTICS)
 
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train this model together."""
+        return Ranks.of(self.process_group)
+
+    @property
+    def summed(self) -> bool:
+        """Whether the user's loss is a sum over its terms."""
+        return self.loss is not None and self.loss.reduction == "sum"
+
     # A step ---------------------------------------------------------------------------------------------------------
 
     def run(self, scaler: Any = None, rate: float | None = None) -> StepInfo:
         """Turn the parameters' gradients into update directions, in place; see ``CurvatureModule.precondition_``."""
+        self.check_places()
         scale, captured_scale, overflow = gradient_scale(scaler, self.parameters().values())
         if overflow:
             self.discard()
             return StepInfo(self.step, skipped=True)
         due = self.due()
-        terms = self._check_statistics(STATISTICS in due)
+        batch = measured(self, due)
         self.written.check(p.grad for p in self.parameters().values())
         current = self.lowered.slice(due)
-        inputs = self._inputs(current, terms, (scale, captured_scale), rate)
+        inputs = self._inputs(current, batch, (scale, captured_scale), rate)
         results = dict(zip(current.outputs, current.function(*inputs.values()), strict=True))
-        info = self._commit(due, inputs, results, terms, scale)
+        info = self._commit(due, inputs, results, batch.terms, scale)
         self.step += 1
         self.micro = 0
         self.forced = {STATISTICS: None, REFRESH: None}
@@ -132,72 +147,68 @@ class Engine:
         """Trainable parameters by full name: the tensors that the model holds now."""
         return {name: owner[key] for name, (owner, key) in self.places.items()}  # type: ignore[misc]
 
+    def check_places(self) -> None:
+        """Raises :class:`FxcurvError` when a parameter is not where the transform found it, or is on meta."""
+        for name, (owner, key) in self.places.items():
+            path = name.rpartition(".")[0]
+            try:
+                held = self.model.get_submodule(path)._parameters
+            except AttributeError:
+                held = {}
+            parameter = owner.get(key)
+            if held is not owner or parameter is None:
+                raise FxcurvError(
+                    f"the parameter '{name}' is not in its place any more (its layer was replaced, or reparametrised): "
+                    "call fxcurv.transform(model.strip(), ...) again."
+                )
+            if parameter.is_meta:
+                raise FxcurvError(
+                    f"the parameter '{name}' is on the meta device, where nothing can be computed: move the model to "
+                    "another one and load its state."
+                )
+
     def device_of(self, owner: str) -> torch.device:
         """The device of a layer or parameter; that of the first parameter for anything else."""
         holder, key = self.places[self.anchors.get(owner, self.first)]
         return holder[key].device  # type: ignore[union-attr]
 
-    def _check_statistics(self, due: bool) -> float:
-        """Number of loss terms behind the statistics; raises :class:`FxcurvError` when they are missing or wrong."""
-        name, source, statistics = self.method.name, self.method.source, self.statistics
-        if source.kind in ("hessian", "ggn_product"):
-            if self.oracle is None and (due or source.kind == "ggn_product"):
-                raise FxcurvError(
-                    f"'{name}' needs products with the curvature of this batch: call model.backward(loss, outputs) "
-                    "in place of loss.backward() before the step."
-                )
-            return 0.0
-        if not (due and source.taps and statistics.types):
-            return 0.0
-        if statistics.plain and source.kind != "empirical":
-            raise FxcurvError(
-                f"these statistics come from loss.backward(), but '{name}' uses fisher='{source.kind}': call "
-                "model.backward(loss, outputs) in its place, or transform with fisher='empirical'."
-            )
-        if source.kind == "empirical" and statistics.plain:
-            if self.loss is not None and self.loss.needs_targets and not statistics.collected:
-                raise FxcurvError(
-                    "the loss weights or ignores terms, so their number is unknown after loss.backward(): call "
-                    "model.backward(loss, outputs, targets=...) in its place."
-                )
-            statistics.take_plain()
-        if not statistics.arrived:
-            raise FxcurvError(
-                f"no statistics have arrived for step {self.step} of '{name}': run the model in training mode and call "
-                "model.backward(loss, outputs) before precondition_()."
-            )
-        return float(statistics.terms)
-
-    def _inputs(self, current: Slice, terms: float, scales: tuple[float, float], rate: float | None) -> dict[Role, Any]:
+    def _inputs(self, current: Slice, batch: Batch, scales: tuple[float, float], rate: float | None) -> dict[Role, Any]:
         parameters, (scale, captured_scale) = self.parameters(), scales
-        summed = self.loss is not None and self.loss.reduction == "sum"
-        # between statistics a summed gradient is taken to have as many terms as when they were last counted
-        factor = 1.0 / (scale * ((terms or self.terms or 1.0) if summed else 1.0))
+        terms = batch.terms
+        # Between statistics a summed gradient is taken to have as many terms as when they were last counted. Of several
+        # ranks' sums it is the average.
+        factor = 1.0 / scale
+        if self.summed:
+            factor *= self.ranks.size / (terms or self.terms or 1.0)
         numbers = {**self.hyper, "seed": float(self.seed), "step": float(self.step)}
         if rate is not None:
             numbers["lr"] = rate
         inputs: dict[Role, Any] = {}
         for role in current.inputs:
             if role.kind == "grad":
-                parameter = parameters[role.key]
+                place = place_of(role.key, parameters)
+                parameter = parameters[place.name]
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
-                grad = grad.to(self.dtypes[role])
+                grad = place.of(grad).to(self.dtypes[role])
                 inputs[role] = grad if factor == 1.0 else grad * factor
             elif role.kind == "state":
                 inputs[role] = self.states.values[role]
             elif role.kind == "hyper":
                 inputs[role] = torch.tensor(numbers[role.key], dtype=self.dtype)
             elif role.kind == "oracle":
-                inputs[role] = self.oracle
+                inputs[role] = batch.oracle
+            elif role.key == "terms":
+                inputs[role] = torch.tensor(terms, dtype=self.dtype)
             elif role.key == "weight":
                 inputs[role] = torch.tensor(
                     weight(self.method.source, self.loss, terms, captured_scale), dtype=self.dtype
                 )
             else:
-                inputs[role] = self.statistics.value(role.key, self._stat_device(role.key))
+                inputs[role] = batch.statistics.value(role.key, self.stat_device(role.key))
         return inputs
 
-    def _stat_device(self, key: str) -> torch.device:
+    def stat_device(self, key: str) -> torch.device:
+        """Where a statistic is measured."""
         known = [device for (k, device) in self.statistics.slots if k == key]
         return known[0] if known else self.device_of("")
 
@@ -257,9 +268,11 @@ class Engine:
         for role, value in found.results.items():
             if role.kind != "update" or owner_of.get(role.key, role.key) in found.fallback:
                 continue
-            grad = parameters[role.key].grad
+            place = place_of(role.key, parameters)
+            grad = parameters[place.name].grad
             if grad is not None:
-                grad.detach().copy_(value if scale == 1.0 else value * scale)
+                part = place.of(grad.detach())
+                part.copy_(value if scale == 1.0 else value * scale)
                 self.written.mark(grad)
 
 

@@ -2,47 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import contextlib
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxcurv.capture import Call, Captured, Runner, capture
 from fxcurv.capture.structure import flatten_output
-from fxcurv.layers.detect import detect
+from fxcurv.errors import FxcurvError, FxcurvWarning
+from fxcurv.layers.aggregate import aggregated
+from fxcurv.layers.layer import Detection, Layer
+from fxcurv.passes.detect import find_layers
 from fxcurv.passes.tap import Tapped, insert_taps
 from fxcurv.runtime.engine import Engine
 from fxcurv.runtime.statistics import OutputTap, count_terms
 
+LIMIT = 32  # forwards kept for one kind of call whose graphs assume sizes
+
 
 class TappedForward:
-    """The tapped graph for one kind of call, ready to run with the user's module as ``self``."""
+    """The tapped graph for one kind of call, ready to run with the user's module as ``self``.
+
+    A forward in pieces (``dynamo``) has one tapped graph for each, and gets more when it takes another branch.
+    """
 
     def __init__(self, captured: Captured, tapped: Tapped) -> None:
-        self.tapped = tapped
-        self.runner = Runner(captured, tapped.graph)
+        self.captured, self.tapped = captured, tapped
+        self.runner = Runner(captured.graphs[0], tapped.graph)
+        self.parts = {
+            id(part): (part, mine, Runner(part, mine.graph))
+            for part, mine in zip(captured.graphs, tapped.graphs, strict=True)
+        }
 
     def __call__(self, engine: Engine, leaves: list[Tensor]) -> Any:
         """The model's output; statistics arrive when a backward pass reaches the taps."""
+        if self.captured.stitched is not None:
+            output = self.run_pieces(engine, leaves)
+        else:
+            output = self.runner(engine.model, *self.extras(engine, self.tapped), *leaves)
+        return self.count_outputs(engine, output, leaves)
+
+    def extras(self, engine: Engine, tapped: Tapped) -> list[Any]:
+        """Values of a tapped graph's slots and states."""
         statistics, device = engine.statistics, engine.device_of("")
-        extras: list[Any] = []
-        for slot in self.tapped.slots:
+        values: list[Any] = []
+        for slot in tapped.slots:
             if slot.shape is None:
-                extras.append(partial(statistics.fresh_slot, slot.key, slot.dtype))
+                values.append(partial(statistics.fresh_slot, slot.key, slot.dtype))
             else:
-                extras.append(statistics.slot(slot, device))
-        extras += [engine.states.read(key) for key in self.tapped.states]
-        return self.count_outputs(engine, self.runner(engine.model, *extras, *leaves), leaves)
+                values.append(statistics.slot(slot, device))
+        return values + [engine.states.read(key) for key in tapped.states]
+
+    @torch.compiler.disable
+    def run_pieces(self, engine: Engine, leaves: list[Tensor]) -> Any:
+        """The output of a forward in pieces; a graph that is new is tapped before it runs."""
+
+        def run(part: Captured, inputs: Sequence[Any]) -> Any:
+            if id(part) not in self.parts:
+                self.add_piece(engine, part)
+            _, tapped, runner = self.parts[id(part)]
+            return runner(engine.model, *self.extras(engine, tapped), *inputs)
+
+        assert self.captured.stitched is not None
+        return self.captured.stitched(run, engine.model, leaves)
+
+    def add_piece(self, engine: Engine, part: Captured) -> None:
+        """Tap a graph that was not there before. Layers are looked for in all graphs: a use may rule one out."""
+        options = engine.compilation.options
+        together = replace(self.captured, pieces=(*(known for known, _, _ in self.parts.values()), part))
+        layers = known_layers(engine, find_layers(together, engine.model, None, options.get("fused")))
+        tapped = insert_taps(part.graph, layers, engine.lowered.program, options["backend"], True)
+        self.parts[id(part)] = part, tapped, Runner(part, tapped.graph)
 
     def count_outputs(self, engine: Engine, output: Any, leaves: list[Tensor]) -> Any:
-        """Tap every differentiable tensor of the output with the number of its loss terms.
+        """Tap every differentiable tensor of the output (but for those in objects) with the number of its loss terms.
 
         A scalar is a loss that the model computed by itself: its terms are those of the outputs beside it, and without
         any the examples of the first input.
         """
-        values, structure = flatten_output(output, lambda value: isinstance(value, Tensor))
+        values, structure = flatten_output(output, lambda value: isinstance(value, Tensor), objects=False)
         tapped = [i for i, value in enumerate(values) if value.requires_grad]
         counts = {i: count_terms(engine.loss, values[i]) for i in tapped if values[i].ndim}
         scalars = list(counts.values()) or [count_terms(None, x) for x in leaves if x.ndim][:1]
@@ -54,21 +97,32 @@ class TappedForward:
 
 
 class Forwards:
-    """Tapped forwards by call key."""
+    """Tapped forwards by call key; several for a key where graphs assume sizes.
+
+    frontend: what the user asked for; chosen: the front-end of the transform's own capture, tried first.
+    """
 
     def __init__(self, frontend: str) -> None:
-        self.frontend = frontend
-        self.known: dict[Hashable, TappedForward] = {}
+        self.frontend = self.chosen = frontend
+        self.known: dict[Hashable, list[TappedForward]] = {}
 
     def clone(self) -> Forwards:
         """Tapped forwards hold no tensor of the model, so a copied model shares them."""
         other = Forwards(self.frontend)
-        other.known = dict(self.known)
+        other.chosen, other.known = self.chosen, {key: list(found) for key, found in self.known.items()}
         return other
 
-    def add(self, call: Call, captured: Captured, tapped: Tapped) -> None:
-        """Keep the forward of the capture that a model was transformed with."""
-        self.known[call.key] = TappedForward(captured, tapped)
+    def add(self, call: Call, captured: Captured, tapped: Tapped) -> TappedForward:
+        """Keep the forward of a capture; the newest ``LIMIT`` of a kind of call stay."""
+        forward = TappedForward(captured, tapped)
+        found = self.known.setdefault(call.key, [])
+        found.append(forward)
+        del found[:-LIMIT]
+        return forward
+
+    def get(self, call: Call) -> TappedForward | None:
+        """The forward that is valid for a call, if it is there already."""
+        return next((f for f in reversed(self.known.get(call.key, [])) if f.captured.accepts(call.leaves)), None)
 
     @torch.compiler.disable
     def find(self, engine: Engine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[TappedForward, list[Tensor]]:
@@ -77,14 +131,58 @@ class Forwards:
         Raises :class:`FxcurvError` when the model cannot be captured for such a call.
         """
         call = Call.of(engine.model, args, kwargs)
-        known = self.known.get(call.key)
-        if known is None or not known.runner.captured.accepts(call.leaves):
-            captured = capture(engine.model, call, self.frontend)
-            program = engine.lowered.program
-            names = {target.name for target in engine.facts.targets}
-            layers = tuple(layer for layer in detect(captured, engine.model).layers if layer.name in names)
-            known = TappedForward(
-                captured, insert_taps(captured.graph, layers, program, engine.compilation.options["backend"], True)
+        forward = self.get(call)
+        if forward is None:
+            captured, options = self._capture(engine.model, call), engine.compilation.options
+            layers = known_layers(engine, find_layers(captured, engine.model, call, options.get("fused")))
+            program, backend = engine.lowered.program, options["backend"]
+            tapped, *rest = (insert_taps(part.graph, layers, program, backend, True) for part in captured.graphs)
+            tapped.rest = tuple(rest)
+            forward = self.add(call, captured, tapped)
+        return forward, call.leaves
+
+    def _capture(self, model: nn.Module, call: Call) -> Captured:
+        if self.chosen != self.frontend:
+            with contextlib.suppress(FxcurvError):
+                return capture(model, call, self.chosen)
+        return capture(model, call, self.frontend)
+
+
+def known_layers(engine: Engine, detection: Detection) -> tuple[Layer, ...]:
+    """The layers of a later capture that the program measures; warns, once, of what it does not know.
+
+    Raises :class:`FxcurvError` when layers whose input is measured once for all of them read different ones now.
+    """
+    targets = {target.name: target for target in engine.facts.targets}
+    before = engine.compilation.detection or Detection((), ())
+    listed = {place.name for layer in before.layers for place in layer.places}
+    listed |= {item.parameter for item in before.uncovered if item.chain}
+    layers = []
+    for layer in detection.layers:
+        target = targets.get(layer.name)
+        if target is not None and (target.groups, target.d_out, target.d_in) == layer.shape:
+            layers.append(aggregated(layer, engine.model) if engine.method.aggregated else layer)
+        elif target is not None:
+            _warn(engine, f"layer '{layer.name}' is used otherwise than at transform: that is not measured.")
+        new = sorted({place.name for place in layer.places} - listed)
+        if new:
+            names = " and ".join(f"'{name}'" for name in new)
+            _warn(engine, f"{names} is used, unlike at transform: such a parameter keeps its gradient.")
+    owners = {key: target.name for target in targets.values() for key in (target.weight, target.bias)}
+    for item in detection.uncovered:
+        if item.chain and item.parameter in owners:
+            _warn(engine, f"layer '{owners[item.parameter]}' is not measured here: '{item.parameter}': {item.reason}")
+    rows = {layer.name: [(use.x, use.form.tag, use.form.scale, use.aux) for use in layer.uses] for layer in layers}
+    for target in targets.values():
+        if target.name in rows and target.input in rows and rows[target.name] != rows[target.input]:
+            raise FxcurvError(
+                f"layers '{target.input}' and '{target.name}' read the same input at transform and different ones in "
+                "this call; transform with example inputs of this kind."
             )
-            self.known[call.key] = known
-        return known, call.leaves
+    return tuple(layers)
+
+
+def _warn(engine: Engine, what: str) -> None:
+    if what not in engine.warned:
+        engine.warned.add(what)
+        warnings.warn(f"In a call of another kind or with another branch, {what}", FxcurvWarning, stacklevel=2)

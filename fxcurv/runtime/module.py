@@ -62,6 +62,9 @@ class CurvatureModule(nn.Module):
     def _run_tapped(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         engine = self._engine
         if not torch.compiler.is_compiling():
+            if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func transforms take no leaves
+                return self._model(*args, **kwargs)
+            engine.check_places()
             self._drop_abandoned()
         if not engine.method.source.taps:
             with _double_differentiable(engine.method.source.kind):
@@ -115,6 +118,12 @@ class CurvatureModule(nn.Module):
         other = CurvatureModule(model, self._engine.clone(model), self._forwards.clone())
         memo[id(self)] = other
         return other
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise FxcurvError(
+            "nn.DataParallel runs copies whose statistics would be lost; train "
+            "nn.parallel.DistributedDataParallel(model), one process for each device."
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise FxcurvError(
@@ -189,6 +198,17 @@ class CurvatureModule(nn.Module):
         self._arm()
         return {"statistics": engine.is_due(STATISTICS), "refresh": engine.is_due(REFRESH)}
 
+    @property
+    def process_group(self) -> Any:
+        """The ranks whose batches together are the batch of a step: torch's default group once it is initialised with
+        more than one process, another group that is assigned, or ``None`` for this process alone (assign ``None`` to
+        train every rank by itself)."""
+        return self._engine.ranks.group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        self._engine.process_group = group
+
     def discard(self) -> None:
         """Forget the statistics of an abandoned step."""
         self._engine.discard()
@@ -233,9 +253,9 @@ class CurvatureModule(nn.Module):
         """The tracked curvature of a layer: dense, undamped, of the mean loss.
 
         "A" (d_in x d_in, a bias's constant coordinate last) and "G" (d_out x d_out) such that kron(G, A) approximates
-        the block in the row-major order of ``[W b].flatten()``; EKFAC adds "QA", "QG", "S" (d_out x d_in); norm layers
-        have "F", the exact blocks (units, 2, 2). A factor kept diagonal is dense up to ``max_factor_dim``, else the
-        vector of its diagonal. Groups are a leading dimension.
+        the block in the row-major order of ``[W b].flatten()``; EKFAC adds "QA", "QG", "S" (d_out x d_in), recurrent
+        K-FAC "A1", "G1" between a step and the next; norm layers have "F", the exact blocks (units, 2, 2). A factor
+        kept diagonal is dense up to ``max_factor_dim``, else the vector of its diagonal. Groups lead.
         """
         targets = {target.name: target for target in self._engine.facts.targets}
         if name not in targets:
@@ -243,7 +263,7 @@ class CurvatureModule(nn.Module):
         limit = self._engine.facts.max_factor_dim
         states = self._engine.states
         found = {}
-        for part in ("A", "G", "QA", "QG", "S", "D", "F"):
+        for part in ("A", "G", "A1", "G1", "QA", "QG", "S", "D", "F"):
             role = states.by_key.get(f"{name}.{part}")
             if role is not None:
                 value = states.values[role].clone()

@@ -43,13 +43,14 @@ def newton_step(
     gradient = _flatten(p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters)
     info = model._precondition(None, None)
     start = [p.detach().clone() for p in parameters]
-    before = float(loss.detach())
+    device = engine.device_of("")
+    before = engine.ranks.mean(float(loss.detach()), device)
 
     def value(step: Tensor) -> float:
         _move(parameters, start, step)
         with preserved(engine.model), torch.no_grad():
             replay()
-            return float(closure())
+            return engine.ranks.mean(float(closure()), device)
 
     iterates, models = engine.info["iterates"], engine.info["model_values"]
     best, chosen = value(iterates[-1]), len(iterates) - 1

@@ -12,15 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fxcurv.capture import Call
 from fxcurv.capture.state import preserved
+from fxcurv.capture.structure import flatten_output
 from fxcurv.errors import FxcurvError
 from fxcurv.layers.layer import Detection
 from fxcurv.layers.proof import prove
 
 PROOFS = ("coverage", "gradient", "output")
+
+
+class ProofFailed(FxcurvError):
+    """A captured graph is not the model: another front-end may do better."""
 
 
 def prove_transform(module: Any, call: Call, proofs: set[str], strict: bool) -> None:
@@ -43,11 +47,11 @@ def prove_transform(module: Any, call: Call, proofs: set[str], strict: bool) -> 
         chosen = Detection(compilation.layers, ())
         faults = prove(compilation.captured, chosen, model, call.leaves)
         if faults:
-            raise FxcurvError(f"{faults[0]} Skip the layer with skip=, or leave this proof out with proofs=().")
+            raise ProofFailed(f"{faults[0]} Skip the layer with skip=, or leave this proof out with proofs=().")
     if "output" in proofs and compilation.tapped is not None:
         difference = _output_difference(module, call, plain)
         if difference:
-            raise FxcurvError(
+            raise ProofFailed(
                 f"the captured graph's output differs from the model's ({difference}): its forward does something that "
                 "tracing cannot see; try frontend='export', or leave this proof out with proofs=()."
             )
@@ -70,13 +74,16 @@ def _plain_output(model: Any, call: Call) -> Any:
 
 def _output_difference(module: Any, call: Call, plain: Any) -> str:
     engine, leaves = module._engine, [leaf.detach() for leaf in call.leaves]
-    forward = module._forwards.known[call.key]
+    forward, _ = module._forwards.find(engine, *call.rebuild(leaves))
     with preserved(engine.model), torch.no_grad():
         torch.manual_seed(0)
         tapped = forward(engine, leaves)
     engine.statistics.discard()
-    for mine, theirs in zip(pytree.tree_leaves(tapped), pytree.tree_leaves(plain), strict=True):
-        if isinstance(mine, Tensor) and not torch.equal(torch.nan_to_num(mine), torch.nan_to_num(theirs)):
+    outputs = [flatten_output(output, lambda value: isinstance(value, Tensor))[0] for output in (tapped, plain)]
+    if [value.shape for value in outputs[0]] != [value.shape for value in outputs[1]]:
+        return "in its structure"
+    for mine, theirs in zip(*outputs, strict=True):
+        if not torch.equal(torch.nan_to_num(mine), torch.nan_to_num(theirs)):
             error = float((mine.double() - theirs.double()).abs().max() / theirs.double().abs().max().clamp_min(1e-30))
             if error > 1e-5:  # export decomposes some modules, which changes the last bits
                 return f"by {error:.1e} of its largest entry"

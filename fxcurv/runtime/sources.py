@@ -32,14 +32,18 @@ def columns(
     targets: Tensor | None,
     mask: Tensor | None,
     examples: int | None,
+    first_row: int = 0,
 ) -> Iterator[Tensor]:
-    """The columns of a source for one micro-batch; ``key`` = (seed, step, micro-batch) fixes all random draws."""
+    """The columns of a source for one micro-batch; ``key`` = (seed, step, micro-batch) fixes all random draws.
+
+    first_row: number of rows of this micro-batch that earlier ranks have.
+    """
     if source.kind == "mc":
         for sample in range(source.samples):
-            yield loss.sample(outputs, (*key, sample), targets, mask)
+            yield loss.sample(outputs, (*key, sample), targets, mask, first_row)
     elif source.kind == "ggn_signs":
         for sample in range(source.samples):
-            yield from loss.sign_columns(outputs, (*key, sample), targets, mask)
+            yield from loss.sign_columns(outputs, (*key, sample), targets, mask, first_row)
     else:
         count = loss.column_count(outputs, examples)
         if count > MANY_COLUMNS:

@@ -50,7 +50,9 @@ class States:
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow a ``module.to``: states change device, never dtype."""
         for role, value in self.values.items():
-            self.values[role] = value.to(fn(value.new_empty(0)).device)
+            device = fn(value.new_empty(0)).device
+            from_meta = value.is_meta and device.type != "meta"  # as by ``to_empty``: there is nothing to copy
+            self.values[role] = torch.zeros_like(value, device=device) if from_meta else value.to(device)
 
     def check(self, entries: Mapping[str, Tensor]) -> dict[Role, Tensor]:
         """Values by role from saved entries; raises :class:`FxcurvError` on a wrong shape or unequal shared copies."""

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from fxcurv.capture import Call, capture
+from fxcurv.capture import Attempts, Call, Captured
+from fxcurv.capture.library import is_convolution
 from fxcurv.errors import FxcurvError
 from fxcurv.losses import Loss, resolve_loss
 from fxcurv.methods import Method, get_method
 from fxcurv.methods.method import Source
 from fxcurv.passes import PIPELINE, Compilation, Pass, run_passes
+from fxcurv.passes.detect import find_layers
 from fxcurv.runtime.engine import Engine
 from fxcurv.runtime.example import pack_example
 from fxcurv.runtime.forward import Forwards
 from fxcurv.runtime.module import CurvatureModule
-from fxcurv.runtime.prove import PROOFS, prove_transform
+from fxcurv.runtime.prove import PROOFS, ProofFailed, prove_transform
 
+WORTH = 0.05  # of the elements: from there on a second capture is worth its time
 ON_NONFINITE = ("gradient", "raise")
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -38,6 +42,7 @@ def transform(
     layers: Sequence[str] | str | None = None,
     skip: Sequence[str] | str | None = None,
     strict: bool = False,
+    fused: Mapping[str, int] | None = None,
     proofs: Iterable[str] | bool = True,
     on_nonfinite: str = "gradient",
     dump_failures: str | os.PathLike[str] | None = None,
@@ -51,12 +56,14 @@ def transform(
 
     model: any module; it is captured, not copied, and stays usable. method: a name of ``fxcurv.methods()`` or a
     ``Method``; ``hyper`` overrides its hyper-parameters. example_inputs, example_kwargs: a call of the model, needed by
-    the export front-end and by the numeric proofs. loss: a name, an nn loss module or a loss object; without it the
-    Fisher is empirical. frontend: "auto", "symbolic" or "export". backend: "auto", "aten" or "reference" kernels.
-    layers, skip: fnmatch patterns on layer names or kinds. strict: an uncovered parameter is an error. proofs: all,
-    none or some of "coverage", "gradient", "output". on_nonfinite: "gradient" (a layer with a bad update keeps its
-    gradient) or "raise". dump_failures: a folder for the matrices of failed factorisations. passes, disable, check,
-    fuel: the pipeline, passes left out by name, "none"/"types"/"numeric" checking and a limit on rewrites.
+    all front-ends but symbolic and by the numeric proofs. loss: a name, an nn loss module or a loss object; without it
+    the Fisher is empirical. frontend: "symbolic", "export", "dynamo" or "auto", which takes the first of them that
+    captures the model and passes the proofs. backend: "auto", "aten" or "reference" kernels. layers, skip: fnmatch
+    patterns on layer names or kinds. fused: patterns on layer names with the number of equal parts into which such a
+    layer's outputs are divided, each a layer of its own ({"*.qkv": 3}). strict: an uncovered parameter is an error.
+    proofs: all, none or some of "coverage", "gradient", "output". on_nonfinite: "gradient" (a layer with a bad update
+    keeps its gradient) or "raise". dump_failures: a folder for the matrices of failed factorisations. passes, disable,
+    check, fuel: the pipeline, passes left out by name, "none"/"types"/"numeric" checking and a limit on rewrites.
 
     Raises :class:`FxcurvError` when something above is unknown, nothing captures the model, or a proof fails.
     """
@@ -82,49 +89,100 @@ def transform(
         )
     given = example_inputs is not None or example_kwargs is not None
     call = Call.of(model, tuple(example_inputs or ()), example_kwargs) if given else Call.default(model)
-    compilation = Compilation(model=model, method=chosen, fuel=fuel, check=check)
-    compilation.options.update(call=call, layers=layers, skip=skip, backend=backend, empirical_by_default=by_default)
-    compilation.options["dump_failures"] = dump_failures
-    compilation.options["request"] = {  # what an artifact needs to ask for the same again
+    options: dict[str, Any] = {"call": call, "layers": layers, "skip": skip, "backend": backend}
+    options["empirical_by_default"] = by_default
+    options["fused"] = None if fused is None else dict(fused)
+    options["dump_failures"] = dump_failures
+    options["request"] = {  # what an artifact needs to ask for the same again
         "method": method if isinstance(method, str) else None,
         "hyper": dict(hyper),
         "frontend": frontend,
         "backend": backend,
         "layers": layers,
         "skip": skip,
+        "fused": options["fused"],
         "on_nonfinite": on_nonfinite,
         "disable": sorted(set(disable)),
         "example": pack_example(example_inputs, example_kwargs),
     }
-    coupled = any(isinstance(module, _BATCH_NORMS) and module.training for module in model.modules())
-    compilation.options["batch_statistics"] = coupled and chosen.source.kind == "ggn"
-    forwards = Forwards(frontend)
-    disabled = set(disable)
-    if chosen.source.taps:
-        compilation.captured = capture(model, call, frontend)
-    else:
-        disabled |= {"detect", "tap"}  # the method reads gradients only: the forward graph is not needed
+    coupled = any((isinstance(m, _BATCH_NORMS) and m.training) or is_convolution(m) for m in model.modules())
+    options["batch_statistics"] = coupled and chosen.source.kind == "ggn"
     unknown = sorted(set(disable) - {step.name for step in passes})
-    if unknown:
-        raise FxcurvError(f"there is no pass '{unknown[0]}' to disable; there are {', '.join(p.name for p in passes)}.")
-    run_passes(compilation, passes, disabled)
-    if compilation.lowered is None:
-        raise FxcurvError("the passes end without 'lower', so there is nothing to run.")
-    engine = Engine(model, compilation, loss_object, on_nonfinite)
-    if compilation.captured is not None:
-        forwards.add(call, compilation.captured, compilation.tapped)
-    module = CurvatureModule(model, engine, forwards)
-    chosen_proofs = set(PROOFS) if proofs is True else set(proofs or ())
-    prove_transform(module, call, chosen_proofs, strict)
-    return module
+    attempts = Attempts(model, call, frontend)
+
+    def compile_(captured: Captured | None) -> Compilation:
+        if unknown:
+            there = ", ".join(p.name for p in passes)
+            raise FxcurvError(f"there is no pass '{unknown[0]}' to disable; there are {there}.")
+        compilation = Compilation(model=model, captured=captured, method=chosen, fuel=fuel, check=check)
+        compilation.options.update(options)
+        # A method that reads gradients only needs no forward graph.
+        run_passes(compilation, passes, {*disable, *(("detect", "tap") if captured is None else ())})
+        if compilation.lowered is None:
+            raise FxcurvError("the passes end without 'lower', so there is nothing to run.")
+        return compilation
+
+    def finish(compilation: Compilation) -> CurvatureModule:
+        forwards = Forwards(frontend)
+        if compilation.captured is not None:
+            forwards.chosen = compilation.captured.frontend
+            forwards.add(call, compilation.captured, compilation.tapped)
+        module = CurvatureModule(model, Engine(model, compilation, loss_object, on_nonfinite), forwards)
+        prove_transform(module, call, set(PROOFS) if proofs is True else set(proofs or ()), strict)
+        return module
+
+    if not chosen.source.taps:
+        return finish(compile_(None))
+    for captured in attempts:
+        for compilation in _by_coverage(compile_(captured), attempts, compile_):
+            try:
+                return finish(compilation)
+            except ProofFailed as error:
+                assert compilation.captured is not None
+                attempts.failed(compilation.captured.frontend, error)
+    raise attempts.error()
+
+
+def _by_coverage(
+    first: Compilation, attempts: Attempts, compile_: Callable[[Captured], Compilation]
+) -> list[Compilation]:
+    """The compilations to try in order: ``first``, and where it leaves much out that is used, also the next capture.
+
+    The next one comes first if it covers more by ``WORTH`` of the elements. Only an automatic choice looks for it.
+    """
+    assert first.captured is not None and first.model is not None
+    used = first.detection is not None and any(item.chain for item in first.detection.uncovered)
+    share = _covered(first)
+    if not (attempts.automatic and first.captured.frontend == "symbolic" and used and share < 1 - WORTH):
+        return [first]
+    captured = next(iter(attempts), None)
+    if captured is None:
+        return [first]
+    found = find_layers(captured, first.model, first.options["call"], first.options["fused"])
+    more = _covered(replace(first, detection=found))
+    if more <= share + WORTH:
+        return [first, compile_(captured)]
+    names = f"{captured.frontend} covers {100 * more:.0f} % of the elements, symbolic {100 * share:.0f} %"
+    return [compile_(replace(captured, notes=(*captured.notes, f"{names}: {captured.frontend} was chosen"))), first]
+
+
+def _covered(compilation: Compilation) -> float:
+    """Share of the trainable elements that belong to a layer, chosen or not."""
+    assert compilation.model is not None
+    parameters = {name: p for name, p in compilation.model.named_parameters() if p.requires_grad}
+    layers = compilation.detection.layers if compilation.detection is not None else ()
+    places = {place for layer in layers for place in layer.places if not is_lazy(parameters[place.name])}
+    total = sum(p.numel() for p in parameters.values() if not is_lazy(p))
+    return sum(place.of(parameters[place.name]).numel() for place in places) / total if total else 1.0
 
 
 def _plain(model: nn.Module) -> nn.Module:
     if isinstance(model, CurvatureModule):
         raise FxcurvError("the model is transformed already; call strip() on it first.")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise FxcurvError(
-            "transform the model before wrapping it: DistributedDataParallel(fxcurv.transform(net, ...))."
+            "transform the model before wrapping it: DistributedDataParallel(fxcurv.transform(net, ...)); "
+            "nn.DataParallel cannot wrap a transformed model."
         )
     if not isinstance(model, nn.Module):
         kind = "class" if inspect.isclass(model) else type(model).__name__

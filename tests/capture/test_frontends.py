@@ -51,10 +51,12 @@ def test_new_sequence_length():
     assert captured.accepts([tokens[:, :4]])
     assert_same(model, Runner(captured), (tokens.repeat(1, 2),), {})
     exported = capture(model, Call.of(model, (tokens,)), "export")
-    assert exported.sizes == ((None, 7),)
-    assert exported.accepts([tokens[:2]]) and not exported.accepts([tokens[:, :4]])
-    with pytest.raises(FxcurvError, match=r"assumes inputs of sizes \(\(None, 7\),\) .* got \(3, 4\); capture"):
-        Runner(exported)(model, tokens[:, :4])
+    assert exported.sizes == ((None, None),)
+    assert_same(model, Runner(exported), (tokens[:2, :4].contiguous(),), {})
+    long = tokens.repeat(1, 3)  # beyond the 16 positions that the model has
+    assert not exported.accepts([long])
+    with pytest.raises(FxcurvError, match=r"assumes inputs of sizes \(\(None, None\),\) .* got \(3, 21\); capture"):
+        Runner(exported)(model, long)
 
 
 def test_statistics_of_batch_norm_move_once_and_dropout_is_fresh():

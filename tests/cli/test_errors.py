@@ -32,7 +32,8 @@ FILES = {
     "control flow": (
         "import torch\nfrom torch import nn\nclass Net(nn.Module):\n"
         "    def __init__(self):\n        super().__init__()\n        self.a = nn.Linear(2, 2)\n"
-        "    def forward(self, x):\n        if x.sum() > 0:\n            x = -x\n        return self.a(x)\n"
+        "    @torch.compiler.disable\n    def forward(self, x):\n"
+        "        if x.sum() > 0:\n            x = -x\n        return self.a(x)\n"
         "model = Net()\nexample_inputs = (torch.ones(1, 2),)\n",
         "control flow",
     ),

@@ -74,6 +74,15 @@ def test_compile_prints_json(model_file: Path, tmp_path: Path, invoke_json: Invo
     assert rows["gain"]["status"] == "gradient only"
 
 
+def test_fused_layers_are_divided(model_file: Path, tmp_path: Path, invoke: Invoke, invoke_json: Invoke) -> None:
+    found = invoke_json("compile", model_file, "-o", tmp_path / "o", "--fused", "fir*=2")
+    assert [layer["name"] for layer in found["layers"]][:2] == ["first[0:4]", "first[4:8]"]
+    assert found["request"]["fused"] == {"fir*": 2}
+    assert "first[4:8]" in invoke("check", model_file, "--fused", "first=2").stdout
+    assert "PATTERN=N" in invoke("inspect", model_file, "--fused", "first", code=1).stderr
+    assert "fits no layer" in invoke("train", model_file, "--fused", "other=2", "--steps", 1, code=1).stderr
+
+
 def test_inspect_shows_both_graphs_at_any_stage(model_file: Path, invoke: Invoke) -> None:
     both = invoke("inspect", model_file).stdout
     assert "fxcurv_passes_tap_tap" in both and "kron_apply(" in both

@@ -168,6 +168,19 @@ def aligned(function: Any) -> Any:
     return lambda x, y: function(lead(x, y) if x.ndim < y.ndim else x, lead(y, x) if y.ndim < x.ndim else y)
 
 
+def oracle_lagged_gram(rows: np.ndarray) -> np.ndarray:
+    out = np.zeros((rows.shape[2], rows.shape[3], rows.shape[3]))
+    for n, step, k in product(range(rows.shape[0]), range(rows.shape[1] - 1), range(rows.shape[2])):
+        out[k] += np.outer(rows[n, step + 1, k], rows[n, step, k])
+    return by_group(out)
+
+
+def oracle_finite_gain(G: np.ndarray, A: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """The double sum over two times of one sequence, T = ``steps`` a whole number."""
+    x, times = G[..., :, None] * A[..., None, :], range(int(steps))
+    return steps / sum(x ** abs(one - two) for one, two in product(times, times))
+
+
 ORACLES: dict[str, Any] = {
     "mean_positions": lambda r: r.sum(1, keepdims=True) / r.shape[1],
     "sum_positions": lambda r: sum(r[:, s : s + 1] for s in range(r.shape[1])),
@@ -178,6 +191,12 @@ ORACLES: dict[str, Any] = {
     "second_moment": oracle_second_moment,
     "grad_square": lambda a, g: by_group((example_gradients(a, g) ** 2).sum(0)),
     "grad_gram": oracle_grad_gram,
+    "lagged_gram": oracle_lagged_gram,
+    "examples": lambda r: r.shape[0],
+    "chain_gain": lambda G, A: 1 / (1 - G[..., :, None] * A[..., None, :]),
+    "finite_chain_gain": oracle_finite_gain,
+    "sides_apply": lambda V, G, A: kron(V, G, A),
+    "sides_apply_transposed": lambda V, G, A: kron(V, t(G, V), t(A, V)),
     "mean": lambda x, n: x / lead(np.maximum(n, 1), x),
     "ema_weight": lambda k, n, rho: min(k / (k + 1), rho) if n > 0 else 1.0,
     "tick": lambda k, n: k + 1 if n > 0 else k,
@@ -224,7 +243,7 @@ ORACLES: dict[str, Any] = {
     "pack": lambda xs: np.concatenate([x.ravel() for x in xs]),
     "unpack": lambda v, offset, shape: np.array([v[offset + k] for k in range(math.prod(shape))]).reshape(shape),
 }
-INDIRECT = {"eigh", "signs"}  # not unique, or random: tested by what they must satisfy
+INDIRECT = {"eigh", "chain_modes", "symmetric_chain_modes", "signs"}  # not unique, or random: tested by what holds
 
 
 def test_every_op_has_an_oracle() -> None:

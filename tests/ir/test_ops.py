@@ -41,6 +41,7 @@ def with_trait(trait: Trait) -> list[Any]:
 
 
 ROWS = {"mean_positions", "sum_positions", "gram", "diag_gram", "row_sum", "count", "grad_square", "grad_gram"}
+ROWS |= {"lagged_gram", "examples"}
 FACTOR = {"inverse", "border", "eigh", "inverse_root", "mean_diagonal", "pi_split"}
 MATRIX = {"kron_apply", "rotate", "rotate_back", "right_apply", "unit_apply"}
 NORMAL_FORM = {"tensorize", "append_column", "weight_columns", "last_column"}
@@ -80,6 +81,12 @@ def typed(name: str, operands: tuple[Any, ...]) -> list[Any]:
         V, *sides = operands
         cls = Orth if name.startswith("rotate") else Psd
         return [of(Mat, V), *(square(M, V.ndim, cls) for M in sides)]
+    if name in ("chain_modes", "symmetric_chain_modes"):
+        return [of(cls, x) for cls, x in zip((Psd, Mat, Scalar), operands, strict=True)]
+    if name in ("chain_gain", "finite_chain_gain"):
+        return [of(cls, x) for cls, x in zip((Vec, Vec, Scalar), operands, strict=False)]
+    if name in ("sides_apply", "sides_apply_transposed"):
+        return [of(Mat, x) for x in operands]
     if name == "mode_apply":
         return [plain(operands[0]), square(operands[1], 2, Psd), operands[2]]
     if name in NORMAL_FORM:

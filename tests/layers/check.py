@@ -73,8 +73,8 @@ def assert_exact(model: nn.Module, *xs: Tensor, frontend: str = "symbolic", shap
         buffer.copy_(value)
     for layer in detection.layers:
         total = 0
-        weight = None if layer.weight is None else expected[layer.weight]
-        bias = None if layer.bias is None else expected[layer.bias]
+        weight = None if layer.weight is None else layer.weight_place.of(expected[layer.weight])
+        bias = None if layer.bias is None else layer.bias_place.of(expected[layer.bias])
         for use in layer.uses:
             form = use.form
             a = form.rows_a(recorder.seen[use.x], *(recorder.seen[n] for n in use.aux))
@@ -92,6 +92,7 @@ def assert_exact(model: nn.Module, *xs: Tensor, frontend: str = "symbolic", shap
             total = total + matrix
         wanted = layer.form.matrix(weight, bias)
         back, column = layer.form.stored(wanted)
+        back = back if weight is None else back.reshape(weight.shape)
         assert weight is None or torch.equal(back, weight)
         assert bias is None or torch.equal(column.view_as(bias), bias)
         if layer.weight is None:  # the form keeps the scale's coordinate, which has no parameter

@@ -145,3 +145,28 @@ def test_not_finite_is_said():
     captured, detection = find(model, torch.randn(2, 3))
     sentences = prove(captured, detection, model, [torch.full((2, 3), float("nan"))])
     assert any("not finite" in sentence for sentence in sentences)
+
+
+class Cast(nn.Module):
+    """A parameter that is added in another precision than it is stored in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        y = F.linear(x, self.fc.weight).transpose(1, 2) + self.fc.bias.float()[:, None]
+        return torch.tanh(y) * 1e3
+
+
+@pytest.mark.parametrize("frontend", FRONTENDS)
+def test_a_cast_parameter_is_proved_to_the_precision_of_the_cast(frontend):
+    torch.manual_seed(0)
+    model, x = Cast().double(), torch.randn(5, 7, 4, dtype=torch.float64)
+    captured, detection = find(model, x, frontend=frontend)
+    assert {name for layer in detection.layers for name in layer.params} >= {"fc.bias"}
+    assert prove(captured, detection, model, (x,)) == []
+    layer = detection.layers[0]
+    wrong = tuple(replace(use, form=replace(use.form, scale=1.0001)) for use in layer.uses)
+    faults = prove(captured, Detection((replace(layer, uses=wrong),), ()), model, (x,))
+    assert len(faults) == 1 and "fc.weight" in faults[0]

@@ -33,6 +33,7 @@ def linear(name: str, d_in: int, d_out: int, input: str | None = None, bias: boo
         unitwise=False,
         permutation=(0, 1),
         weight_shape=(d_out, d_in),
+        sequential=True,
     )
 
 

@@ -169,7 +169,6 @@ class Case:
     logits: Callable[[Any], Tensor] = lambda output: output
     labels: Callable[[int], Tensor] = lambda n: torch.randint(3, (n,))
     loss: str = "cross_entropy"
-    uncovered: frozenset[str] = frozenset()
 
     def batch(self, n: int) -> tuple[tuple[Any, ...], Tensor]:
         """Inputs and targets, floats in float64."""
@@ -189,16 +188,9 @@ def _tokens(n: int) -> tuple[Tensor]:
     return (torch.randint(VOCABULARY, (n, 4)),)
 
 
-MHA = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
-LSTM = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 CASES = {
-    "vit": Case(ViT, _floats(3, 8, 8), uncovered=frozenset({"cls", "positions"})),
-    "unet": Case(
-        UNet,
-        _floats(1, 6, 6),
-        labels=lambda n: torch.randint(3, (n, 6, 6)),
-        uncovered=frozenset({"up.weight", "up.bias"}),
-    ),
+    "vit": Case(ViT, _floats(3, 8, 8)),
+    "unet": Case(UNet, _floats(1, 6, 6), labels=lambda n: torch.randint(3, (n, 6, 6))),
     "vae": Case(VAE, _floats(6), lambda o: o[0], labels=lambda n: torch.randn(n, 6, dtype=torch.float64), loss="mse"),
     "table": Case(
         Table, lambda n: ({"words": _tokens(n)[0], "numbers": _floats(4)(n)[0]},), lambda output: output.logits
@@ -206,7 +198,7 @@ CASES = {
     "gpt": Case(GPT, _tokens, lambda o: o.view(-1, VOCABULARY), labels=lambda n: torch.randint(VOCABULARY, (n * 4,))),
     "separable": Case(Separable, lambda n: (_floats(3, 6, 6)(n)[0].to(memory_format=torch.channels_last),)),
     "siamese": Case(Siamese, lambda n: (*_floats(4)(n), *_floats(4)(n))),
-    "attention": Case(Attention, _floats(4, 6), uncovered=frozenset(f"attention.{name}" for name in MHA)),
-    "recurrent": Case(Recurrent, _tokens, uncovered=frozenset(f"lstm.{name}" for name in LSTM)),
+    "attention": Case(Attention, _floats(4, 6)),
+    "recurrent": Case(Recurrent, _tokens),
     "raw": Case(Raw, _floats(4)),
 }

@@ -3,7 +3,9 @@
 from fxcurv.ir import cadence
 from fxcurv.ir.ops import (
     apply,
+    chain,
     damping,
+    lagged,
     layout,
     linalg,
     moments,
@@ -19,7 +21,9 @@ from fxcurv.ir.ops import (
 __all__ = [
     "apply",
     "cadence",
+    "chain",
     "damping",
+    "lagged",
     "layout",
     "linalg",
     "moments",
