@@ -1,4 +1,4 @@
-"""Networks in the style of public libraries, small and from torch alone: what the lists of tests/benchmarks stand for."""
+"""Networks in the style of public libraries, small and from torch alone: stand-ins for the lists of the benchmark."""
 
 from __future__ import annotations
 
