@@ -206,7 +206,7 @@ def _left_out(rows: list[dict[str, Any]]) -> None:
         first, elements = group[0], sum(row["elements"] for row in group)
         times = f" ({len(group)})" if len(group) > 1 else ""
         name = folded_name([str(row["parameter"]) for row in group])
-        paragraph(f"{name}{times}, {elements:,} elements")
+        paragraph(f"{name}{times}, {elements:,} element{'' if elements == 1 else 's'}")
         paragraph(first["reason"], indent=2)
         if first["chain"]:
             paragraph(f"by way of {' -> '.join(first['chain'])}", indent=2)

@@ -46,7 +46,7 @@ Inputs = Annotated[
     typer.Option("--input", "-i", help='Example inputs, e.g. "f32[8,3,32,32]" or "i64[8,16]<100".', metavar="SPEC"),
 ]
 LossName = Annotated[Optional[str], typer.Option("--loss", help="cross_entropy, bce, mse or gaussian.")]  # noqa: UP045
-Frontend = Annotated[str, typer.Option("--frontend", help="auto, symbolic or export.")]
+Frontend = Annotated[str, typer.Option("--frontend", help="auto, symbolic, export or dynamo.")]
 Backend = Annotated[str, typer.Option("--backend", help="auto, aten or reference kernels.")]
 Patterns = Optional[list[str]]  # noqa: UP045
 OnlyLayers = Annotated[Patterns, typer.Option("--layers", help="Patterns of layer names or kinds; repeatable.")]

@@ -13,7 +13,7 @@ from fxcurv.capture import Call, Captured, propagate
 from fxcurv.errors import FxcurvError
 from fxcurv.layers.aggregate import aggregated
 from fxcurv.layers.detect import detect
-from fxcurv.layers.layer import Detection, Layer, Uncovered
+from fxcurv.layers.layer import Detection, Layer
 from fxcurv.passes.manager import Compilation, Pass
 
 
@@ -49,7 +49,7 @@ def _check_fused(fused: Mapping[str, int], undivided: Detection) -> None:
 def find_layers(
     captured: Captured, model: nn.Module, call: Call | None = None, fused: Mapping[str, int] | None = None
 ) -> Detection:
-    """Layers of a captured graph, without those whose weight is frozen.
+    """Layers of a captured graph, and the parameters without one.
 
     call: shapes are taken from its tensors where detection needs them: a product with a weight of three axes, say.
     fused: see :func:`fxcurv.layers.detect.detect`.
@@ -58,21 +58,7 @@ def find_layers(
     if (found is None or found.uncovered) and call is not None and call.real:
         propagate(captured, model, call.leaves)
         found = None
-    return _whole(found or detect(captured, model, fused=fused))
-
-
-def _whole(detection: Detection) -> Detection:
-    """Without layers whose weight is frozen: a bias alone keeps its gradient."""
-    bare = [layer for layer in detection.layers if layer.weight is None]
-    lost = tuple(
-        Uncovered(
-            place.key, f"It is the shift of '{layer.name}', whose scale is missing or frozen.", (layer.uses[0].y.name,)
-        )
-        for layer in bare
-        for place in layer.places
-    )
-    kept = tuple(layer for layer in detection.layers if layer.weight is not None)
-    return Detection(kept, (*detection.uncovered, *lost))
+    return found or detect(captured, model, fused=fused)
 
 
 def select(

@@ -33,10 +33,11 @@ class Layer:
     """A parametrised product of the model.
 
     name: path of the owning module, or of the weight without its last part ("encoder.0"); unique.
-    kind: "linear", "conv1d", "conv_transpose1d" (2d, 3d), "bilinear", "embedding", "embedding_bag", "layer_norm",
-        "rms_norm", "batch_norm", "group_norm", "instance_norm", "scale" and "shift" (parameters used entry by entry),
-        or a name that a spelling of one's own gives.
-    weight, bias: full parameter names; ``None`` where there is no *trainable* parameter of that role.
+    kind: "linear", "conv1d", "conv_transpose1d" (2d, 3d), "bilinear", "recurrent", "embedding", "embedding_bag",
+        "layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm", "scale" and "shift" (parameters used
+        entry by entry), or a name that a spelling of one's own gives.
+    weight, bias: full parameter names; no bias where there is no *trainable* one. A bias beside a frozen weight is the
+        weight of a "shift".
     uses: one or more; the first gives the layer's orientation (for a tied pair the output projection).
     note: why the treatment of this layer is approximate, "" when it is not.
     region, bias_region: the part of weight and bias that is this layer's, ``None`` for all of it. Layers of one weight
@@ -47,7 +48,7 @@ class Layer:
 
     name: str
     kind: str
-    weight: str | None
+    weight: str
     bias: str | None
     uses: tuple[Use, ...] = field(repr=False)
     note: str = ""
@@ -63,12 +64,12 @@ class Layer:
     @property
     def params(self) -> tuple[str, ...]:
         """Full names of the layer's trainable parameters."""
-        return tuple(name for name in (self.weight, self.bias) if name is not None)
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
     @property
-    def weight_place(self) -> Place | None:
+    def weight_place(self) -> Place:
         """The layer's part of its weight."""
-        return None if self.weight is None else Place(self.weight, self.region)
+        return Place(self.weight, self.region)
 
     @property
     def bias_place(self) -> Place | None:
@@ -76,9 +77,9 @@ class Layer:
         return None if self.bias is None else Place(self.bias, self.bias_region)
 
     @property
-    def weight_key(self) -> str | None:
+    def weight_key(self) -> str:
         """Key of the layer's part of its weight, as programs name its gradient."""
-        return None if self.weight is None else Place(self.weight, self.region).key
+        return self.weight_place.key
 
     @property
     def bias_key(self) -> str | None:
@@ -88,7 +89,7 @@ class Layer:
     @property
     def places(self) -> tuple[Place, ...]:
         """The layer's parts of its trainable parameters."""
-        return tuple(place for place in (self.weight_place, self.bias_place) if place is not None)
+        return (self.weight_place,) if self.bias_place is None else (self.weight_place, self.bias_place)
 
     @property
     def shape(self) -> tuple[int, int, int]:

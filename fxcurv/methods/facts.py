@@ -36,7 +36,7 @@ class Target:
 
     name: str
     input: str
-    weight: str | None
+    weight: str
     bias: str | None
     groups: int
     d_out: int
@@ -62,7 +62,6 @@ class Target:
         """The gradient in normal form, Mat[groups; d_out, d_in]."""
         inputs = self.d_in - self.homogeneous
         shape = [self.d_out, inputs] if self.groups == 1 else [self.groups, self.d_out, inputs]
-        assert self.weight is not None
         shapes = self.stored_weight, self.stored_bias
         own = self.weight_shape if shapes[0] is None else shapes[0]
         stored = b.input("grad", self.weight, Tensor(own, self.dtype))
@@ -80,7 +79,6 @@ class Target:
             assert self.bias is not None
             b.give("update", self.bias, _reshaped(b, b.last_column(direction), self.stored_bias))
             matrix = b.weight_columns(direction)
-        assert self.weight is not None
         stored = b.tensorize(matrix, list(self.permutation), list(self.weight_shape))
         b.give("update", self.weight, _reshaped(b, stored, self.stored_weight))
 

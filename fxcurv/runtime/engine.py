@@ -59,7 +59,7 @@ class Engine:
                 self.places[name] = model.get_submodule(path)._parameters, key
         self.first = next(iter(self.places))
         self.anchors = {name: name for name in self.places} | {
-            t.name: place_of(t.weight, self.places).name for t in self.facts.targets if t.weight
+            t.name: place_of(t.weight, self.places).name for t in self.facts.targets
         }
         self.states = States(self.lowered.program, self.device_of)
         self.commits = self.lowered.commits()
