@@ -15,11 +15,14 @@ from torch import Tensor, fx
 from fxcurv.layers.expose import Exposure, exposes
 from fxcurv.layers.view import Refused
 
-_GROUPED: tuple[Any, ...] = (torch.ops.aten._grouped_mm.default, "transformers.grouped_mm_fallback.default")
-_GROUPED += ("transformers.grouped_mm_fallback",)
-_GROUPED += tuple(
+_GROUPED: tuple[Any, ...] = ("transformers.grouped_mm_fallback.default", "transformers.grouped_mm_fallback")
+_GROUPED += tuple(  # where this torch has them
     function
-    for owner, name in ((torch, "_grouped_mm"), (torch.nn.functional, "grouped_mm"))
+    for owner, name in (
+        (getattr(torch.ops.aten, "_grouped_mm", None), "default"),
+        (torch, "_grouped_mm"),
+        (torch.nn.functional, "grouped_mm"),
+    )
     if (function := getattr(owner, name, None)) is not None
 )
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
+_SHAPED = (aten.view.default, aten.reshape.default)
 _ORIGIN = "torch.nn.modules.activation.MultiheadAttention"
 
 
@@ -26,9 +27,9 @@ def turn_exported(graph: fx.Graph) -> None:
         if node.target is not aten.linear.default or _ORIGIN not in str(list(stack.values())[-1:]):
             continue
         users, x = list(node.users), node.args[0]
-        joined = isinstance(x, fx.Node) and x.target is aten.reshape.default and len(x.args[1]) == 2  # type: ignore[arg-type]
+        joined = isinstance(x, fx.Node) and x.target in _SHAPED and len(x.args[1]) == 2  # type: ignore[arg-type]
         if joined:
-            apart = len(users) == 1 and users[0].target is aten.view.default
+            apart = len(users) == 1 and users[0].target in _SHAPED
             if not apart or any(order[size] > order[node] for size in users[0].all_input_nodes if size is not node):
                 continue
         with graph.inserting_before(node):

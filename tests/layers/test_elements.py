@@ -326,7 +326,7 @@ REFUSED = {
     "power": (lambda m, x: x * m.w.exp(), {"w": (4,)}, "exp"),
     "of a constant": (lambda m, x: x * (m.w + torch.arange(4)), {"w": (4,)}, "constant"),
     "of a size": (lambda m, x: x + m.w * torch.arange(x.shape[2]), {"w": (4,)}, "constant"),
-    "computed factor": (lambda m, x: torch.add(x, m.w, alpha=x.shape[0]), {"w": (4,)}, "graph computes"),
+    "computed factor": (lambda m, x: x.add(m.w, alpha=x.shape[0]), {"w": (4,)}, "graph computes"),
 }
 
 

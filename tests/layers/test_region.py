@@ -376,7 +376,8 @@ REFUSED = {
         lambda m, x: x @ m.p[:, :2] + m.p[:, 2:].exp().sum(), {"p": (3, 4)}, {"p[:, 2:4]"}, "exp",
     ),
     "part of a split joined": (
-        lambda m, x: x @ m.p[:, :2] + torch.cat(m.p[:, 2:].split(1, 1)).sum(), {"p": (3, 4)}, {"p[:, 2:4]"}, "joined",
+        lambda m, x: x @ m.p[:, :2] + torch.cat([m.p[:, 2:].split(1, 1)[0], x]).sum(), {"p": (3, 4)}, {"p[:, 2:4]"},
+        "joined",
     ),
     "size of the data": (lambda m, x: x @ m.p[:, : x.shape[1]], {"p": (3, 4)}, {"p"}, "that the graph computes"),
     "bias of two": (

@@ -41,7 +41,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
 def _operand(value: Any, dtype: torch.dtype) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return value.detach().to(dtype) if value.is_floating_point() else value.detach()
+    return value.detach().to(dtype) if value.dtype.is_floating_point else value.detach()
 
 
 def _plain_precision(function: Callable[..., Any]) -> Callable[..., Any]:
