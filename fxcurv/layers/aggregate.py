@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -38,11 +38,10 @@ class AggregatedForm(Form):
     The constant of a bias that the product itself has is aggregated too. inner: the form of the product.
     """
 
-    inner: Form | None = None
+    inner: Form = field(kw_only=True)
 
     def rows_a(self, x: Tensor, *aux: Tensor) -> Tensor:
         """See :meth:`Form.rows_a`; raises :class:`FxcurvError` for an x of other than two or three axes."""
-        assert self.inner is not None
         if x.dim() not in (2, 3):
             raise FxcurvError(
                 f"the nodes of a graph convolution have features of shape {tuple(x.shape)}; reshape them to (nodes, "
@@ -60,13 +59,11 @@ class AggregatedForm(Form):
 
     def rows_g(self, g: Tensor) -> Tensor:
         """See :meth:`Form.rows_g`; g shaped like the aggregated value."""
-        assert self.inner is not None
         return self.inner.rows_g(g)
 
     @property
     def tag(self) -> str:
         """See :attr:`Form.tag`."""
-        assert self.inner is not None
         return f"aggregated {self.inner.tag}"
 
 

@@ -10,7 +10,6 @@ itself; see :mod:`fxcurv.layers.exported`.
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any
 
 import torch
@@ -126,25 +125,14 @@ def _module(
     is_causal: Any = False,
 ) -> fx.Node:
     module = at.module
-    out = module.out_proj
-    if not all(isinstance(out._parameters.get(role), (nn.Parameter, type(None))) for role in ("weight", "bias")):
-        raise Refused("belongs to an attention module whose output projection is parametrised")
-    if out._parameters.get("weight") is None:
-        raise Refused("reaches the output projection of an attention module through a parametrisation")
-    if out._forward_hooks or out._forward_pre_hooks or out._backward_hooks:
-        raise Refused("belongs to an attention module with hooks on its output projection")
     fused = at.own("in_proj_weight")
     weights = fused if fused is not None else tuple(at.own(f"{role}_proj_weight") for role in "qkv")
     projections = _Parts(weights, at.own("in_proj_bias"), module.embed_dim)
     extra = (at.own("bias_k"), at.own("bias_v"))
-    last_weight, last_bias = (
-        None if out._parameters.get(role) is None else at.graph.get_attr(f"{at.node.target}.out_proj.{role}")
-        for role in ("weight", "bias")
-    )
     dropout = module.dropout if module.training else 0.0
     settings = (module.num_heads, dropout, need_weights, average_attn_weights, is_causal, module.add_zero_attn)
     masks = (attn_mask, key_padding_mask)
-    inputs, last = (query, key, value), (last_weight, last_bias)
+    inputs, last = (query, key, value), (at.own("out_proj.weight"), at.own("out_proj.bias"))
     return _expose(at, inputs, projections, extra, last, masks, settings, module.batch_first)
 
 
@@ -206,13 +194,13 @@ class _Parts:
         if isinstance(self.weights, fx.Node):
             if data[0] is data[1] is data[2]:
                 both = at.call(F.linear, data[0], self.weights, self.bias)
-                return _items(at, at.call(torch.chunk, both, 3, -1), 3)
+                return at.items(at.call(torch.chunk, both, 3, -1), 3)
             if data[1] is data[2] and self.size is not None:
                 pair = [self._slice(at, tensor) for tensor in (self.weights, self.bias)]
                 query, both = (
                     at.call(F.linear, x, *parts) for x, parts in zip(data[:2], zip(*pair, strict=True), strict=True)
                 )
-                return [query, *_items(at, at.call(torch.chunk, both, 2, -1), 2)]
+                return [query, *at.items(at.call(torch.chunk, both, 2, -1), 2)]
         weights = self._thirds(at, self.weights)
         biases = self._thirds(at, self.bias)
         return [at.call(F.linear, x, w, b) for x, w, b in zip(data, weights, biases, strict=True)]
@@ -231,11 +219,7 @@ class _Parts:
             return list(tensor)
         if tensor.target is torch.cat and len(tensor.args) == 1 and len(tensor.args[0]) == 3:
             return list(tensor.args[0])  # three biases joined for the call alone
-        return _items(at, at.call(torch.chunk, tensor, 3), 3)
-
-
-def _items(at: Exposure, sequence: fx.Node, count: int) -> list[fx.Node]:
-    return [at.call(operator.getitem, sequence, k) for k in range(count)]
+        return at.items(at.call(torch.chunk, tensor, 3), 3)
 
 
 def _expose(
@@ -260,5 +244,5 @@ def _expose(
         k, v = (at.call(torch.cat, [x, bias], 1) for x, bias in zip((k, v), more, strict=True))
     query = inputs[0]
     attended = at.call(attend, q, k, v, query, *masks, *settings, int(extra[0] is not None))
-    out, weights = _items(at, attended, 2)
+    out, weights = at.items(attended, 2)
     return at.call(as_module, at.call(F.linear, out, *last), query, weights, batch_first)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxcurv.layers.embedding import Entries, refuse_options
+from fxcurv.layers.embedding import Entries, of_table, refuse_options
 from fxcurv.layers.form import Form
 from fxcurv.layers.norm import first_result
 from fxcurv.layers.spelling import Match, Operand, Site, spelling
@@ -119,22 +119,12 @@ def _match(
         raise Refused(f"is the table of an embedding bag with mode '{mode}', which is no linear product")
     if at.operand(samples) is not None:
         raise Refused("meets weights of an embedding bag that are a parameter themselves")
-    vocabulary, size = weight.view.shape
-    if padding_idx is not None and padding_idx < 0:
-        padding_idx += vocabulary
     form = BagForm(
-        groups=1,
-        d_out=size,
-        d_in=vocabulary,
-        bias=False,
-        permutation=weight.view.order((1, 0)),
-        weight_shape=weight.view.stored,
-        scale=weight.view.scale,
+        **of_table(weight.view, padding_idx),
         mode=mode,
         offsets=offsets is not None,
         last=bool(last),
         weighted=samples is not None,
-        padding_idx=padding_idx,
     )
     aux = tuple(at.data(node) for node in (offsets, samples) if node is not None)
     return Match("embedding_bag", form, at.data(x), y or at.node, weight, None, aux)

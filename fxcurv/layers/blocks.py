@@ -8,7 +8,7 @@ product, so the blocks share one input factor. What is divided is the list of fi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 
 from torch import Tensor
@@ -27,7 +27,7 @@ class BlockForm(Form):
     inner: the form of the whole product, with the same bias coordinate.
     """
 
-    inner: Form = None  # type: ignore[assignment]  # fields of the base class have defaults
+    inner: Form = field(kw_only=True)
     start: int = 0
 
     def rows_a(self, x: Tensor, *aux: Tensor) -> Tensor:

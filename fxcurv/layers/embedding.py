@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from fxcurv.layers.form import Form
 from fxcurv.layers.spelling import Match, Operand, Site, spelling
-from fxcurv.layers.view import Refused
+from fxcurv.layers.view import Refused, View
 
 aten = torch.ops.aten
 
@@ -123,21 +123,26 @@ def refuse_options(max_norm: Any, by_frequency: Any, sparse: Any) -> None:
             )
 
 
-def _match(at: Site, x: Any, weight: Operand, padding_idx: Any, max_norm: Any, by_frequency: Any, sparse: Any) -> Match:
-    refuse_options(max_norm, by_frequency, sparse)
-    vocabulary, size = weight.view.shape
+def of_table(view: View, padding_idx: Any = None) -> dict[str, Any]:
+    """Fields of the form of a table (vocabulary, *entry): entries are outputs. A negative index counts from the end."""
+    vocabulary, *entry = view.shape
     if padding_idx is not None and padding_idx < 0:
         padding_idx += vocabulary
-    form = EmbeddingForm(
-        groups=1,
-        d_out=size,
-        d_in=vocabulary,
-        bias=False,
-        permutation=weight.view.order((1, 0)),
-        weight_shape=weight.view.stored,
-        scale=weight.view.scale,
-        padding_idx=padding_idx,
-    )
+    return {
+        "groups": 1,
+        "d_out": math.prod(entry),
+        "d_in": vocabulary,
+        "bias": False,
+        "permutation": view.order((*range(1, 1 + len(entry)), 0)),
+        "weight_shape": view.stored,
+        "scale": view.scale,
+        "padding_idx": padding_idx,
+    }
+
+
+def _match(at: Site, x: Any, weight: Operand, padding_idx: Any, max_norm: Any, by_frequency: Any, sparse: Any) -> Match:
+    refuse_options(max_norm, by_frequency, sparse)
+    form = EmbeddingForm(**of_table(weight.view, padding_idx))
     return Match("embedding", form, at.data(x), at.node, weight)
 
 
@@ -177,18 +182,7 @@ def _lookup(at: Site, table: Any, index: Any) -> Match:
     weight, dtype = at.weight(table), index.meta.get("dtype") if isinstance(index, fx.Node) else None
     if dtype is None or dtype.is_floating_point or dtype is torch.bool:
         raise Refused("is indexed by what the graph computes")
-    vocabulary, *entry = weight.view.shape
-    form = EmbeddingForm(
-        groups=1,
-        d_out=math.prod(entry),
-        d_in=vocabulary,
-        bias=False,
-        permutation=weight.view.order((*range(1, 1 + len(entry)), 0)),
-        weight_shape=weight.view.stored,
-        scale=weight.view.scale,
-        tail=len(entry),
-        signed=True,
-    )
+    form = EmbeddingForm(**of_table(weight.view), tail=weight.view.ndim - 1, signed=True)
     return Match("embedding", form, at.data(index), at.node, weight)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -61,12 +62,23 @@ class Exposure:
         return made
 
     def own(self, name: str) -> fx.Node | None:
-        """The called module's parameter ``name``, ``None`` where it has none; refused behind a parametrisation."""
-        if getattr(self.module, name, None) is None:
+        """The called module's parameter ``name``, ``None`` where it has none; refused behind a parametrisation.
+
+        ``name`` may be that of a sub-module's parameter; the sub-module's hooks are refused, since they would not run.
+        """
+        path, _, leaf = name.rpartition(".")
+        owner = self.module.get_submodule(path)
+        if path:
+            _refuse_hooks(owner)
+        if getattr(owner, leaf, None) is None:
             return None
-        if not isinstance(self.module._parameters.get(name), nn.Parameter):
+        if not isinstance(owner._parameters.get(leaf), nn.Parameter):
             raise Refused(f"reaches the {name} of {type(self.module).__name__} through a parametrisation")
         return self.graph.get_attr(f"{self.node.target}.{name}")
+
+    def items(self, sequence: fx.Node, count: int) -> list[fx.Node]:
+        """Nodes of the first ``count`` elements of a sequence."""
+        return [self.call(operator.getitem, sequence, k) for k in range(count)]
 
     def shape(self, argument: Any) -> tuple[int, ...] | None:
         """Shape of a node's value where it was recorded (see fxcurv.capture.propagate), else ``None``."""

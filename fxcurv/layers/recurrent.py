@@ -7,7 +7,6 @@ that loop (see :mod:`fxcurv.layers.recurrence`). The cells of a Python loop are 
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -64,7 +63,7 @@ def _states(at: Exposure, hx: Any, kind: Kind) -> tuple[Any, ...]:
     """The user's initial states, one a state of the network."""
     if kind.states == 1:
         return (hx,)
-    return tuple(hx) if isinstance(hx, (tuple, list)) else tuple(at.call(operator.getitem, hx, k) for k in range(2))
+    return tuple(hx) if isinstance(hx, (tuple, list)) else tuple(at.items(hx, 2))
 
 
 def _owned(at: Exposure) -> list[list[Weights]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 from torch import fx
@@ -10,12 +10,9 @@ from torch import fx
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.program import Builder
 from fxcurv.methods.facts import Facts, Target
-from fxcurv.methods.kfac import scheme
-from fxcurv.methods.method import Estimate, Method, Source, curvature_weight, loss_terms
+from fxcurv.methods.kfac import kfac
+from fxcurv.methods.method import Estimate, Method, curvature_weight, loss_terms
 from fxcurv.methods.parts.estimate import moment
-from fxcurv.methods.parts.rescale import KLClip
-from fxcurv.methods.parts.scope import Layers
-from fxcurv.methods.parts.track import EMA
 from fxcurv.methods.registry import published
 
 
@@ -71,15 +68,4 @@ def gnn_ng(o: SimpleNamespace) -> Method:
     """
     if o.sharing != "expand":
         raise FxcurvError("'gnn_ng' takes nodes as examples; for whole graphs use method 'kfac' with sharing='reduce'.")
-    damp, solve = scheme(o.damping_scheme)
-    return Method(
-        name="gnn_ng",
-        source=Source(o.fisher, o.fisher_samples),
-        scope=Layers(),
-        estimate=Nodes(),
-        track=EMA(),
-        damp=damp,
-        solve=solve,
-        rescale=None if o.kl_clip is None else KLClip(),
-        aggregated=True,
-    )
+    return replace(kfac.compose(o), name="gnn_ng", estimate=Nodes(), aggregated=True)

@@ -58,6 +58,7 @@ class Engine:
                 path, _, key = name.rpartition(".")
                 self.places[name] = model.get_submodule(path)._parameters, key
         self.first = next(iter(self.places))
+        self.links = _links(model, self.places)
         self.anchors = {name: name for name in self.places} | {
             t.name: place_of(t.weight, self.places).name for t in self.facts.targets
         }
@@ -149,14 +150,10 @@ class Engine:
 
     def check_places(self) -> None:
         """Raises :class:`FxcurvError` when a parameter is not where the transform found it, or is on meta."""
+        moved = next((path for path, (holder, key, held) in self.links.items() if holder.get(key) is not held), None)
         for name, (owner, key) in self.places.items():
-            path = name.rpartition(".")[0]
-            try:
-                held = self.model.get_submodule(path)._parameters
-            except AttributeError:
-                held = {}
             parameter = owner.get(key)
-            if held is not owner or parameter is None:
+            if parameter is None or (moved is not None and name.startswith(f"{moved}.")):
                 raise FxcurvError(
                     f"the parameter '{name}' is not in its place any more (its layer was replaced, or reparametrised): "
                     "call fxcurv.transform(model.strip(), ...) again."
@@ -274,6 +271,18 @@ class Engine:
                 part = place.of(grad.detach())
                 part.copy_(value if scale == 1.0 else value * scale)
                 self.written.mark(grad)
+
+
+def _links(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[dict[str, nn.Module | None], str, nn.Module]]:
+    """By path: where each module on the way to a parameter is held, under which key, and the module itself."""
+    found: dict[str, tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
+    for name in names:
+        holder, parts = model, name.split(".")[:-1]
+        for depth, key in enumerate(parts):
+            held = holder.get_submodule(key)
+            found[".".join(parts[: depth + 1])] = holder._modules, key, held
+            holder = held
+    return found
 
 
 def gradient_scale(scaler: Any, parameters: Iterable[Tensor]) -> tuple[float, float, bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,6 +68,9 @@ def transform(
     Raises :class:`FxcurvError` when something above is unknown, nothing captures the model, or a proof fails.
     """
     model, disable = _plain(model), tuple(disable)
+    unknown = sorted(set(disable) - {step.name for step in passes})
+    if unknown:
+        raise FxcurvError(f"there is no pass '{unknown[0]}' to disable; there are {', '.join(p.name for p in passes)}.")
     if on_nonfinite not in ON_NONFINITE:
         raise FxcurvError(f"on_nonfinite='{on_nonfinite}' must be one of {', '.join(ON_NONFINITE)}.")
     chosen, loss_object = get_method(method, **hyper), resolve_loss(loss)
@@ -107,13 +110,9 @@ def transform(
     }
     coupled = any((isinstance(m, _BATCH_NORMS) and m.training) or is_convolution(m) for m in model.modules())
     options["batch_statistics"] = coupled and chosen.source.kind == "ggn"
-    unknown = sorted(set(disable) - {step.name for step in passes})
     attempts = Attempts(model, call, frontend)
 
     def compile_(captured: Captured | None) -> Compilation:
-        if unknown:
-            there = ", ".join(p.name for p in passes)
-            raise FxcurvError(f"there is no pass '{unknown[0]}' to disable; there are {there}.")
         compilation = Compilation(model=model, captured=captured, method=chosen, fuel=fuel, check=check)
         compilation.options.update(options)
         # A method that reads gradients only needs no forward graph.
@@ -145,7 +144,7 @@ def transform(
 
 def _by_coverage(
     first: Compilation, attempts: Attempts, compile_: Callable[[Captured], Compilation]
-) -> list[Compilation]:
+) -> Iterator[Compilation]:
     """The compilations to try in order: ``first``, and where it leaves much out that is used, also the next capture.
 
     The next one comes first if it covers more by ``WORTH`` of the elements. Only an automatic choice looks for it.
@@ -153,17 +152,20 @@ def _by_coverage(
     assert first.captured is not None and first.model is not None
     used = first.detection is not None and any(item.chain for item in first.detection.uncovered)
     share = _covered(first)
-    if not (attempts.automatic and first.captured.frontend == "symbolic" and used and share < 1 - WORTH):
-        return [first]
-    captured = next(iter(attempts), None)
+    looks = attempts.automatic and first.captured.frontend == "symbolic" and used and share < 1 - WORTH
+    captured = next(iter(attempts), None) if looks else None
     if captured is None:
-        return [first]
+        yield first
+        return
     found = find_layers(captured, first.model, first.options["call"], first.options["fused"])
     more = _covered(replace(first, detection=found))
     if more <= share + WORTH:
-        return [first, compile_(captured)]
+        yield first
+        yield compile_(captured)
+        return
     names = f"{captured.frontend} covers {100 * more:.0f} % of the elements, symbolic {100 * share:.0f} %"
-    return [compile_(replace(captured, notes=(*captured.notes, f"{names}: {captured.frontend} was chosen"))), first]
+    yield compile_(replace(captured, notes=(*captured.notes, f"{names}: {captured.frontend} was chosen")))
+    yield first
 
 
 def _covered(compilation: Compilation) -> float:

@@ -86,6 +86,34 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x)[0]).transpose(1, 2)
 
 
+class Signals(nn.Module):
+    """Convolutions in one and three dimensions, instance and RMS norm, a GRU and an RNN; class scores for each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.norm = nn.Conv1d(3, 4, 2, padding=1), nn.InstanceNorm1d(4, affine=True)
+        self.solid, self.scaled = nn.Conv3d(1, 2, (1, 2, 2)), nn.RMSNorm(6)
+        self.gru, self.rnn = nn.GRU(6, 3, batch_first=True), nn.RNN(3, 4, batch_first=True, bidirectional=True)
+        self.up = nn.ConvTranspose1d(8, CLASSES, 2, dilation=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.line(x)))
+        x = self.solid(x.unsqueeze(1).unsqueeze(2)).squeeze(2).flatten(1, 2).transpose(1, 2)
+        return self.up(self.rnn(self.gru(self.scaled(x))[0])[0].transpose(1, 2))
+
+
+class Fused(nn.Module):
+    """Bags of tokens, and a weight that is read in two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.both = nn.EmbeddingBag(7, 4), nn.Parameter(torch.randn(4 + CLASSES, 4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = torch.tanh(nn.functional.linear(self.bag(tokens), self.both[:4]))
+        return nn.functional.linear(hidden, self.both[4:])
+
+
 class Elements(nn.Module):
     """Parameters that are multiplied and added element by element, and a bilinear layer."""
 
@@ -134,6 +162,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], tuple[int,
     "attention": (Attention, positions, (3, 4)),
     "multi_head": (MultiHead, positions, (3, 4)),
     "recurrent": (Recurrent, positions, (5, 4)),
+    "signals": (Signals, positions, (3, 5)),
+    "fused": (Fused, tokens, (3,)),
     "elements": (Elements, positions, (5,)),
     "graphs": (Graphs, positions, (4, 4)),
     "transposed": (transposed, positions, (2, 4, 4)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -31,6 +32,25 @@ def step(model: Any, x: Tensor, y: Tensor, lr: float | None = 0.1) -> fxcurv.Ste
     if lr is not None:
         descend(model, lr)
     return info
+
+
+def make(method: str = "kfac", **options: Any) -> Any:
+    """A transformed copy of one network."""
+    torch.manual_seed(0)
+    return fxcurv.transform(mlp(), method, loss="cross_entropy", **options)
+
+
+def grads(model: nn.Module) -> list[Tensor]:
+    """Copies of the gradients that are there."""
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def plain_gradient(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """Gradients of the loss itself, from a copy of the model."""
+    twin = copy.deepcopy(model)
+    twin.zero_grad()
+    F.cross_entropy(twin(x), y).backward()
+    return grads(twin)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import pickle
 from typing import Any
@@ -15,24 +14,7 @@ from torch.nn.utils import parameters_to_vector, parametrize, vector_to_paramete
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fxcurv
-from tests.runtime.steps import batch, mlp, same, step
-
-
-def make(method: str = "kfac", **options: Any) -> Any:
-    """A transformed copy of one network."""
-    torch.manual_seed(0)
-    return fxcurv.transform(mlp(), method, loss="cross_entropy", **options)
-
-
-def grads(model: nn.Module) -> list[Tensor]:
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-
-def plain_gradient(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
-    twin = copy.deepcopy(model)
-    twin.zero_grad()
-    F.cross_entropy(twin(x), y).backward()
-    return grads(twin)
+from tests.runtime.steps import batch, make, mlp, plain_gradient, same, step
 
 
 def test_the_plain_model_is_pickled_and_saved() -> None:

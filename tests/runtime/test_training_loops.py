@@ -14,24 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import lr_scheduler
 
 import fxcurv
-from tests.runtime.steps import batch, descend, mlp, same, step
-
-
-def make(method: str = "kfac", **options: Any) -> Any:
-    """A transformed copy of one network."""
-    torch.manual_seed(0)
-    return fxcurv.transform(mlp(), method, loss="cross_entropy", **options)
-
-
-def grads(model: nn.Module) -> list[Tensor]:
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-
-def plain_gradient(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
-    twin = copy.deepcopy(model)
-    twin.zero_grad()
-    F.cross_entropy(twin(x), y).backward()
-    return grads(twin)
+from tests.runtime.steps import batch, descend, grads, make, mlp, plain_gradient, same, step
 
 
 class Reader(nn.Module):

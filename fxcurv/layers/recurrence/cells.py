@@ -6,7 +6,6 @@ a use of the same two weights.
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ def _module(at: Exposure, input: Any, hx: Any = None) -> fx.Node:
     elif isinstance(hx, (tuple, list)) or function is not lstm_cell:
         states = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
     else:
-        states = tuple(at.call(operator.getitem, hx, k) for k in range(2))
+        states = tuple(at.items(hx, 2))
     weights = [at.own(name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
     if weights[0] is None or weights[1] is None:
         raise Refused(f"belongs to a {type(module).__name__} without its weights")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +52,7 @@ class Network:
                     for hx, size in zip(self.hx, self.sizes, strict=True)
                 )
                 made = self.kind.nodes(Strand(at, source, states, weights, self.lengths, mask))
-                out, *ends = (at.call(operator.getitem, made, k) for k in range(1 + self.kind.states))
+                out, *ends = at.items(made, 1 + self.kind.states)
                 outs.append(at.call(sequence.reverse, out, self.lengths) if direction else out)
                 for values, end in zip(last, ends, strict=True):
                     values.append(end)

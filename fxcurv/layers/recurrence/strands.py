@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -67,10 +66,6 @@ class Strand:
         """A parameter as the loop reads it, without gradient."""
         return None if weight is None else self.at.call(torch.detach, weight)
 
-    def items(self, value: Node, count: int) -> list[Node]:
-        """The elements of a tuple."""
-        return [self.at.call(operator.getitem, value, k) for k in range(count)]
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -85,7 +80,7 @@ def _lstm(s: Strand) -> Node:
     w_hh, w_hr = s.plain(s.weights.hh), s.plain(s.weights.hr)
     zx = s.input_product()
     loop = s.at.call(lstm_loop, zx, *s.states, w_hh, s.plain(s.weights.b_hh), w_hr, s.sizes)
-    value, hs, cs, gates, tanh_c, m = s.items(loop, 6)
+    value, hs, cs, gates, tanh_c, m = s.at.items(loop, 6)
     zh = s.hidden_product(hs, value)
     zr = None if s.weights.hr is None else s.known(m, s.weights.hr, None, s.at.call(sequence.after, hs))
     return s.at.call(lstm_adjoint, zx, zh, zr, *s.states, w_hh, w_hr, hs, cs, gates, tanh_c, s.sizes)
@@ -94,7 +89,7 @@ def _lstm(s: Strand) -> Node:
 def _gru(s: Strand) -> Node:
     w_hh, zx = s.plain(s.weights.hh), s.input_product()
     loop = s.at.call(gru_loop, zx, *s.states, w_hh, s.plain(s.weights.b_hh), s.sizes)
-    value, hs, gates = s.items(loop, 3)
+    value, hs, gates = s.at.items(loop, 3)
     zh = s.hidden_product(hs, value)
     return s.at.call(gru_adjoint, zx, zh, *s.states, w_hh, hs, gates, value, s.sizes)
 
@@ -103,7 +98,7 @@ def _rnn(relu: bool) -> Callable[[Strand], Any]:
     def nodes(s: Strand) -> Node:
         w_hh, zx = s.plain(s.weights.hh), s.input_product()
         loop = s.at.call(rnn_loop, zx, *s.states, w_hh, s.plain(s.weights.b_hh), relu, s.sizes)
-        value, hs = s.items(loop, 2)
+        value, hs = s.at.items(loop, 2)
         return s.at.call(rnn_adjoint, zx, s.hidden_product(hs, value), *s.states, w_hh, hs, relu, s.sizes)
 
     return nodes
