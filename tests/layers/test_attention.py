@@ -204,7 +204,8 @@ def test_a_mask_that_does_not_fit(sizes, words):
 def test_hooks_and_parametrised_projections_stay_whole():
     model, xs = _module("self")
     model.attn.out_proj.register_forward_hook(lambda *a: None)
-    assert all("hooks" in reason for reason in reasons(find(model, *xs)[1]).values())
+    found = reasons(find(model, *xs)[1])
+    assert len(found) == 4 and all("hooks" in reason for reason in found.values())
     model, xs = _module("self")
     nn.utils.parametrizations.weight_norm(model.attn.out_proj)
     detection = find(model, *xs)[1]

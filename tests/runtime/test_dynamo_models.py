@@ -356,6 +356,24 @@ def test_auto_goes_on_when_a_capture_is_not_the_model():
     cm.precondition_()
 
 
+class UntoldInPart(Untold):
+    """The same, and a third of its parameters is in no product, whatever the front-end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.gain.exp().sum()
+
+
+def test_auto_goes_on_also_where_it_has_looked_for_more_coverage():
+    model, x = UntoldInPart().double(), torch.randn(5, 4, dtype=torch.float64)
+    cm = fxcurv.transform(model, "kfac", example_inputs=(x,), loss="cross_entropy")
+    report = cm.report()
+    assert report.frontend == "export" and 0.5 < report.covered < 0.8 and not report.notes
+
+
 class Whole(nn.Module):
     """A user's module that symbolic tracing is told to keep as one node; no layer kind knows it."""
 

@@ -16,7 +16,7 @@ import fxcurv
 pytest.importorskip("torch_geometric")
 from torch_geometric import nn as gnn
 from torch_geometric.data import Batch, Data
-from torch_geometric.utils import to_dense_adj
+from torch_geometric.utils import to_dense_adj, to_dense_batch
 
 from fxcurv.errors import FxcurvError
 from tests.runtime import graph_nets as nets
@@ -250,6 +250,31 @@ def test_batched_graphs(pool: str):
     assert len(forwards(model)) == 1
     model.eval()
     torch.testing.assert_close(model(*inputs), net(*inputs), rtol=0, atol=1e-12)
+
+
+class Padded(nn.Module):
+    """No convolution, but a function of the library, called by the user's own code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lift, self.head = nn.Linear(INPUTS, HIDDEN), nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, x: Tensor, batch: Tensor) -> Tensor:
+        rows, there = to_dense_batch(torch.tanh(self.lift(x)), batch)
+        return self.head((rows * there.unsqueeze(-1)).sum(1))
+
+
+def test_a_function_of_the_library_is_one_node():
+    net = Padded()
+    (x, _, index), y = batch(4)
+    model = transform(net, (x, index))
+    assert [node.name for node in model.graph.graph.nodes if node.target is to_dense_batch] == ["to_dense_batch"]
+    for count in (4, 6):
+        (x, _, index), y = batch(count)
+        _, gradients = plain_gradients(copy.deepcopy(net), (x, index), y)
+        found = step(model, (x, index), y)
+        torch.testing.assert_close(found, gradients, rtol=1e-10, atol=1e-12)
+    assert len(forwards(model)) == 1
 
 
 def test_attention_in_the_readout():

@@ -250,6 +250,25 @@ def test_optional_and_keyword_arguments():
         assert info.statistics and (net.b.weight.grad is None) == (len(args) == 1 and "extra" not in kwargs)
 
 
+def test_layers_that_shared_an_input_may_not_part() -> None:
+    """Their input factor is measured once: with inputs of their own that would be wrong for one of them."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 3), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+            return self.a(x) + self.b(x if other is None else other)
+
+    x, _ = batch()
+    model = fxcurv.transform(Pair().double(), "kfac", example_inputs=(x,), loss="cross_entropy")
+    with pytest.raises(fxcurv.FxcurvError, match="layers 'a' and 'b' read the same input at transform and different ones"):
+        model(x, x.cos())
+    apart = fxcurv.transform(Pair().double(), "kfac", example_inputs=(x, x.cos()), loss="cross_entropy")
+    assert apart(x, x.cos()).shape == apart(x).shape == (12, 3)
+
+
 def test_due_by_hand_and_statistics_in_eval_mode():
     x, y = batch()
     model = fxcurv.transform(mlp(), "kfac", loss="cross_entropy", factor_every=3, solve_every=3)
