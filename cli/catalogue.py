@@ -62,10 +62,28 @@ def passes(name: Name = None, json: Json = False) -> None:
     _show("pass", found, name, json, {"pass": "name", "what": "summary", "needs": "needs", "options": "defaults"})
 
 
-def kernels(name: Name = None, json: Json = False) -> None:
-    """List the kernels that may run in place of an op's reference, or one with its measurements."""
+def kernels(
+    name: Name = None,
+    aot: Annotated[
+        bool, typer.Option("--aot", help="Compile the generated kernels for sm_80, sm_90 and gfx942; no GPU is needed.")
+    ] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="With --aot every variant, not only the representative ones.")
+    ] = False,
+    jobs: Annotated[int, typer.Option("--jobs", min=0, help="Processes for --aot; 0: one a core.")] = 0,
+    json: Json = False,
+) -> None:
+    """List the kernels that may run in place of an op's reference, or one with its measurements.
+
+    --aot compiles the representative variants of every generated kernel, or of the family NAME, and prints registers,
+    spills, shared memory, tensor-core instructions and seconds, then the bytes that each variant moves beside the least
+    that it must. Results are kept; the first run takes minutes, with --all an hour.
+    """
     from fxcurv.kernels.registry import BACKENDS, KERNELS, load
 
+    if aot:
+        _compiled([name] if name else [], every, jobs, json)
+        return
     for backend in BACKENDS:
         load(backend)
     found = {}
@@ -82,6 +100,34 @@ def kernels(name: Name = None, json: Json = False) -> None:
         found[kernel.name if kernel.name not in found else f"{kernel.backend}.{kernel.op}.{kernel.name}"] = entry
     columns = {"kernel": "name", "op": "op", "backend": "backend", "claims": "when", "how": "summary"}
     _show("kernel", found, name, json, columns)
+
+
+def _compiled(names: list[str], every: bool, processes: int, json: bool) -> None:
+    """What the compilers make of the generated kernels, and what they move."""
+    import dataclasses
+    import os
+    from importlib.util import find_spec
+
+    from fxcurv.cli import render
+
+    if find_spec("triton") is None:
+        raise FxcurvError("--aot needs the package triton: pip install triton.")
+    from fxcurv.kernels import aot, traffic
+
+    work = aot.jobs(names, quick=not every)
+    progress = render.Counting("kernels compiled", len(work))
+    with progress:
+        binaries = []
+        for found in aot.table(work, processes or os.cpu_count() or 1):
+            binaries += found
+            progress.advance()
+        moved = list(traffic.table(work))
+    if json:
+        ratios = [{**dataclasses.asdict(one), "ratio": one.ratio, "intensity": one.intensity} for one in moved]
+        render.print_json({"binaries": [dataclasses.asdict(one) for one in binaries], "traffic": ratios})
+        return
+    render.binaries(binaries)
+    render.traffic(moved)
 
 
 def _show(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -27,6 +28,7 @@ def run(
     coverage: Annotated[
         bool, typer.Option("--coverage", help="How every parameter is treated; with --json one row for each.")
     ] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="The sources of the generated kernels.")] = False,
     html: Annotated[Optional[Path], typer.Option("--html", help="Write the report as a page.")] = None,  # noqa: UP045
     loss: LossName = None,
     input: Inputs = None,
@@ -62,6 +64,8 @@ def run(
             raise FxcurvError("--html needs a model file or an artifact: program text alone has no report.")
         html.write_text(view["html"], encoding="utf-8")
         render.line(f"written to {html}")
+    elif kernels:
+        _show_kernels(view["kernels"], json)
     elif diff is not None:
         _show_diff(view, diff, json)
     elif after is not None:
@@ -98,6 +102,20 @@ def _show(view: dict[str, Any], graph: str) -> None:
             render.cost(view["cost"])
 
 
+def _show_kernels(sources: dict[str, str], json: bool) -> None:
+    from fxcurv.cli import render
+
+    if json:
+        render.print_json(sources)
+        return
+    if not sources:
+        render.line("no kernel was generated: without a GPU they are with --backend triton")
+    for name, text in sources.items():
+        render.heading(name)
+        render.source(text)
+        render.line()
+
+
 def _show_diff(view: dict[str, Any], name: str, json: bool) -> None:
     from fxcurv.cli import render
     from fxcurv.runtime.pages import diff_lines
@@ -128,7 +146,7 @@ def _from_model(
     from fxcurv.cli.build import build
     from fxcurv.cli.modelfile import load_model_file
     from fxcurv.runtime.describe import describe
-    from fxcurv.runtime.pages import forward_page, html_page
+    from fxcurv.runtime.pages import forward_page, generated, html_page
 
     module = build(load_model_file(file, inputs, loss, hyper.get("seed")), method, hyper, **options)
     report = describe(module)
@@ -136,6 +154,7 @@ def _from_model(
         "forward": forward_page(module),
         "program": module.program.text(),
         "history": [(record.name, record.text) for record in module.history],
+        "kernels": {kernel.source.name: kernel.source.text for kernel in generated(module)},
         "report": report,
         "cost": report["cost"],
         "html": html_page(module, report),
@@ -154,10 +173,17 @@ def _from_artifact(folder: Path) -> dict[str, Any]:
         "forward": (folder / "forward.py").read_text(encoding="utf-8"),
         "program": read_program(folder / PROGRAM).text(),
         "history": history,
+        "kernels": _generated_files(folder, report["files"]),
         "report": report,
         "cost": report["cost"],
         "html": (folder / "report.html").read_text(encoding="utf-8"),
     }
+
+
+def _generated_files(folder: Path, files: Iterable[str]) -> dict[str, str]:
+    """The generated sources of an artifact; kernels of other backends lie beside them under the backend's name."""
+    paths = [folder / name for name in files if name.startswith("kernels/") and not name.startswith("kernels/aten_")]
+    return {path.stem: path.read_text(encoding="utf-8") for path in paths}
 
 
 def _from_program(path: Path) -> dict[str, Any]:
@@ -168,5 +194,6 @@ def _from_program(path: Path) -> dict[str, Any]:
     program = read_program(path)
     verify(program, str(path))
     return {
-        "forward": "", "program": program.text(), "history": [], "report": None, "cost": cost(program, 1), "html": "",
+        "forward": "", "program": program.text(), "history": [], "kernels": {}, "report": None,
+        "cost": cost(program, 1), "html": "",
     }  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fxcurv.cli import catalogue, check, compile, inspect, opt, papers, train
+from fxcurv.cli import bench, catalogue, check, compile, explain, inspect, opt, papers, train
 from fxcurv.cli.verb import verb
 
 EPILOG = (
@@ -33,6 +33,8 @@ VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "compile": compile.run,
         "train": train.run,
         "inspect": inspect.run,
+        "explain": explain.run,
+        "bench": bench.run,
         "check": check.run,
         "opt": opt.run,
     },

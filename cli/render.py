@@ -249,6 +249,66 @@ def cost(found: dict[str, Any]) -> None:
     table(f"Cost for {found['rows']} rows", ("cadence", "#every", "#operations", "#bytes moved"), rows)
 
 
+def binaries(found: Sequence[Any]) -> None:
+    """Compiled kernels: what the compilers say about each."""
+    table(
+        "Compiled",
+        ("family", "variant", "target", "kernel", "#registers", "#spills", "#shared", "#tensor cores", "#s"),
+        [
+            (b.family, b.variant, b.arch, b.kernel, b.registers, b.spills, b.shared, b.tensor_cores, f"{b.seconds:.1f}")
+            for b in found
+        ],
+    )
+
+
+def traffic(found: Sequence[Any]) -> None:
+    """Bytes of kernels beside the floor: every input read once, every output written once."""
+    table(
+        "Traffic",
+        ("family", "variant", "target", "#launches", "#moved", "#floor", "#ratio", "#cached", "#operations", "limit"),
+        [
+            (
+                one.family,
+                one.variant,
+                one.arch,
+                one.launches,
+                bytes_text(one.read + one.written),
+                bytes_text(one.floor),
+                f"{one.ratio:.2f}",
+                bytes_text(one.cached),
+                size_text(one.flops, "flop"),
+                "memory" if one.limited_by_memory else "",
+            )
+            for one in found
+        ],
+    )
+
+
+class Counting:
+    """A bar on a terminal that counts up to ``total``; nothing in a pipe."""
+
+    def __init__(self, what: str, total: int) -> None:
+        shown = console(error=True)
+        self.bar = Progress(
+            TextColumn(what), MofNCompleteColumn(), BarColumn(bar_width=24), TimeElapsedColumn(), console=shown
+        )
+        self.task = self.bar.add_task(what, total=total)
+        self.live = shown.is_terminal
+
+    def __enter__(self) -> Counting:
+        if self.live:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.live:
+            self.bar.stop()
+
+    def advance(self) -> None:
+        """One more."""
+        self.bar.advance(self.task)
+
+
 class TrainingProgress:
     """Live numbers of a training run: a bar on a terminal, a line now and then in a pipe, nothing when ``quiet``.
 

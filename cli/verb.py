@@ -47,7 +47,7 @@ Inputs = Annotated[
 ]
 LossName = Annotated[Optional[str], typer.Option("--loss", help="cross_entropy, bce, mse or gaussian.")]  # noqa: UP045
 Frontend = Annotated[str, typer.Option("--frontend", help="auto, symbolic, export or dynamo.")]
-Backend = Annotated[str, typer.Option("--backend", help="auto, aten or reference kernels.")]
+Backend = Annotated[str, typer.Option("--backend", help="auto, aten, triton or reference kernels.")]
 Patterns = Optional[list[str]]  # noqa: UP045
 OnlyLayers = Annotated[Patterns, typer.Option("--layers", help="Patterns of layer names or kinds; repeatable.")]
 Skip = Annotated[Patterns, typer.Option("--skip", help="Patterns of layers that keep their gradient; repeatable.")]

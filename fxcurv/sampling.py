@@ -53,16 +53,26 @@ def _mix(bits: Tensor) -> Tensor:
     return bits ^ _shift(bits, _LAST_SHIFT)
 
 
+def _seed(key: Sequence[int | Tensor]) -> int | Tensor:
+    """The hash of a key as a signed integer; with a tensor in the key a 0-dimensional one, and nothing waits for it."""
+    seed: int | Tensor = len(key)
+    for part in key:
+        if isinstance(seed, Tensor) or isinstance(part, Tensor):
+            number = part.to(torch.int64) if isinstance(part, Tensor) else _signed(part)
+            start = seed + _signed(_ROW) if isinstance(seed, Tensor) else _signed(seed + _ROW)
+            seed = _mix(number ^ start)  # type: ignore[arg-type]  # one of the two is a tensor
+        else:
+            seed = _mix_int(((seed + _ROW) ^ (int(part) & _MASK)) & _MASK)
+    return seed if isinstance(seed, Tensor) else _signed(seed)
+
+
 def _bits(
-    key: Sequence[int], rows: int, columns: int, first_row: int, device: torch.device | str | int | None
+    key: Sequence[int | Tensor], rows: int, columns: int, first_row: int, device: torch.device | str | int | None
 ) -> Tensor:
     """64 random bits at every (row, column), int64 of shape (rows, columns)."""
-    seed = len(key)
-    for part in key:
-        seed = _mix_int(((seed + _ROW) ^ (int(part) & _MASK)) & _MASK)
     row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)
     column = torch.arange(1, columns + 1, dtype=torch.int64, device=device)
-    row = _mix(row * _signed(_ROW) + _signed(seed))
+    row = _mix(row * _signed(_ROW) + _seed(key))
     return _mix(row[:, None] + column * _signed(_COLUMN))
 
 
@@ -71,7 +81,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def uniform(
-    key: Sequence[int],
+    key: Sequence[int | Tensor],
     rows: int,
     columns: int,
     *,
@@ -81,7 +91,8 @@ def uniform(
 ) -> Tensor:
     """Uniform numbers in the open interval (0, 1), shape (rows, columns).
 
-    key: integers that name the draw, for example (seed, step, micro_batch, sample); negative ones are allowed.
+    key: integers that name the draw, for example (seed, step, micro_batch, sample); negative ones are allowed. A
+        0-dimensional tensor on ``device`` counts as the integer it holds and is not read on the host.
     first_row: global number of the first row, so that a block drawn in chunks equals the block drawn at once.
     dtype: a number has as many random bits as the type's fraction (52, 23, 10 or 7) and is the midpoint of its
         cell, hence exact, never 0 or 1 and symmetric about 1/2. A wider type refines the same draw.
@@ -92,7 +103,7 @@ def uniform(
 
 
 def normal(
-    key: Sequence[int],
+    key: Sequence[int | Tensor],
     rows: int,
     columns: int,
     *,
@@ -107,7 +118,7 @@ def normal(
 
 
 def signs(
-    key: Sequence[int],
+    key: Sequence[int | Tensor],
     rows: int,
     columns: int,
     *,

@@ -8,7 +8,7 @@ itself. A node that no kernel claims runs the reference.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -34,6 +34,8 @@ class Kernel:
         results gives a tuple of types, a list operand a list of types, a literal operand stays as it is.
     run: takes the op's operands and returns its result, pure as the reference is.
     doc: how it works and how much faster it was measured to be, where.
+    specialised: for a kernel that is generated for the types of a node: (what runs on other devices or ``None``, result
+        type, *operand types) -> what runs in place of ``run``.
     """
 
     op: str
@@ -42,6 +44,7 @@ class Kernel:
     when: Callable[..., bool]
     run: Callable[..., Any]
     doc: str
+    specialised: Callable[..., Callable[..., Any]] | None = None
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
@@ -90,21 +93,31 @@ def preferred(backend: str) -> tuple[str, ...]:
     if backend not in BACKENDS:
         raise FxcurvError(f"there is no backend '{backend}'; choose auto, reference, {' or '.join(BACKENDS)}.")
     if not load(backend):
-        raise FxcurvError(
-            f"backend '{backend}' cannot be used here: there are no {backend} kernels to load; use 'auto'."
-        )
+        missing = backend == "triton" and find_spec("triton") is None
+        why = "install the package triton" if missing else f"there are no {backend} kernels to load"
+        raise FxcurvError(f"backend '{backend}' cannot be used here: {why}, or use 'auto'.")
     return (backend,)
 
 
 def select(op_name: str, result_type: Any, operand_types: Any, backend: str = "auto") -> Kernel | None:
     """The kernel that runs an op on these types, or ``None`` for its reference.
 
-    result_type: a type, or a tuple of them; operand_types: a sequence as ``Op.infer`` takes it.
+    result_type: a type, or a tuple of them; operand_types: a sequence as ``Op.infer`` takes it. A generated kernel
+    comes specialised to the types, under the name of its source. With "auto" it leaves tensors that are on the CPU to
+    the kernel that would have been chosen without it.
     """
-    for name in preferred(backend):
-        if not load(name):
-            continue
-        for kernel in KERNELS:
-            if kernel.op == op_name and kernel.backend == name and kernel.when(result_type, *operand_types):
-                return kernel
-    return None
+    claiming = [
+        kernel
+        for name in preferred(backend)
+        if load(name)
+        for kernel in KERNELS
+        if kernel.op == op_name and kernel.backend == name and kernel.when(result_type, *operand_types)
+    ]
+    if not claiming:
+        return None
+    first = claiming[0]
+    if first.specialised is None:
+        return first
+    other = next((kernel.run for kernel in claiming if kernel.specialised is None), OPS[op_name].reference)
+    run = first.specialised(other if backend == "auto" else None, result_type, *operand_types)
+    return replace(first, name=getattr(run, "__name__", first.name), run=run)

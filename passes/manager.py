@@ -94,6 +94,7 @@ def run_passes(c: Compilation, passes: Iterable[Pass], disabled: Iterable[str] =
     from fxcurv.ir.verify import verify
     from fxcurv.passes.validate import compare
 
+    text, verified = "", False
     for step in passes:
         if step.name in disabled:
             continue
@@ -104,11 +105,16 @@ def run_passes(c: Compilation, passes: Iterable[Pass], disabled: Iterable[str] =
         start = time.perf_counter()
         rewrites = step.run(c)
         seconds = time.perf_counter() - start
-        if c.program is not None and c.check != "none":
+        untouched = verified and not rewrites
+        if c.program is not None and c.check != "none" and not untouched:
             verify(c.program, f"after pass '{step.name}'")
         if before is not None and c.program is not None:
             compare(before, c.program, step.name)
-        text = c.program.text(f"after {step.name}") if c.program is not None else ""
+        if untouched:  # nothing was rewritten, so nothing needs to be looked at or printed again
+            text = text.replace(f"after {c.history[-1].name}", f"after {step.name}", 1)
+        else:
+            text = c.program.text(f"after {step.name}") if c.program is not None else ""
+        verified = c.program is not None
         c.history.append(Record(step.name, seconds, rewrites, text))
     return c
 

@@ -8,8 +8,9 @@ The size of such a slot is known only when the forward runs: the graph's input i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,8 @@ from fxcurv.ir.op import OPS
 from fxcurv.ir.program import Program
 from fxcurv.ir.statistic import RowsOf, StateOf, evaluate, leaves, parse_statistic
 from fxcurv.ir.types import Rows, Type
-from fxcurv.kernels.registry import select
+from fxcurv.kernels.registry import preferred, select
+from fxcurv.layers.keep import KeptLinear
 from fxcurv.layers.layer import Layer, Use
 from fxcurv.layers.tap import TapSpec, tap
 from fxcurv.passes.manager import Compilation, Pass
@@ -40,7 +42,10 @@ class Slot:
 class Tapped:
     """The forward graph with taps. Its placeholders are the slots, then the states, then the user's inputs.
 
-    rest: the graphs after this one, where plain Python divides the forward.
+    rest: the graphs after this one, where plain Python divides the forward. unmeasured: where
+    rows are kept in place of weight gradients, the graph for steps without statistics; the first input of either is
+    then what keeps them (see :mod:`fxcurv.layers.keep`). deferred: whether some taps note what to reduce later; the
+    first input of all is then what they note it with (see :mod:`fxcurv.passes.defer`).
     """
 
     graph: fx.Graph
@@ -48,6 +53,8 @@ class Tapped:
     states: tuple[str, ...]
     taps: dict[str, tuple[str, ...]] = field(default_factory=dict)  # statistics by tap node name
     rest: tuple[Tapped, ...] = ()
+    unmeasured: fx.Graph | None = None
+    deferred: bool = False
 
     @property
     def graphs(self) -> tuple[Tapped, ...]:
@@ -111,13 +118,19 @@ def wanted(program: Program) -> dict[str, tuple[Any, Any]]:
 
 
 def insert_taps(
-    captured: fx.Graph, layers: tuple[Layer, ...], program: Program, backend: str = "auto", partial: bool = False
+    captured: fx.Graph,
+    layers: tuple[Layer, ...],
+    program: Program,
+    backend: str = "auto",
+    partial: bool = False,
+    measure: bool = True,
 ) -> Tapped:
     """A copy of the graph with a tap on every use that a wanted statistic reads.
 
     partial: a call of another kind may leave out layers; without it a missing one raises :class:`FxcurvError`.
+    measure: False for the graph of steps without statistics, in which only products with kept rows are replaced.
     """
-    statistics = wanted(program)
+    statistics = wanted(program) if measure else {}
     types = {key: node.meta["type"] for role, node in program.inputs("state").items() for key in role.keys}
     by_layer: dict[str, list[str]] = {}
     for key, (expression, _) in statistics.items():
@@ -132,6 +145,8 @@ def insert_taps(
     states: dict[str, fx.Node] = {}
     with graph.inserting_before(next(iter(graph.nodes))):
         anchor = graph.placeholder("fxcurv_anchor")
+    if keep_rows(graph, copies, layers, program, anchor) and measure:
+        tapped.unmeasured = insert_taps(captured, layers, program, backend, partial, measure=False).graph
     known = {layer.name: layer for layer in layers}
     for name, keys in by_layer.items():
         if name not in known and partial:
@@ -160,8 +175,9 @@ def insert_taps(
                 if state not in states:
                     with graph.inserting_after(anchor):
                         states[state] = graph.placeholder(f"state_{len(states)}")
-            kernels = _kernels(expressions, use, types, backend)
-            spec = TapSpec(use.form, expressions, len(use.aux), tuple(read), kernels)
+            dtypes = tuple(statistics[key][1].dtype for key in mine)
+            kernels = _kernels(expressions, dtypes, use, types, backend)
+            spec = TapSpec(use.form, expressions, len(use.aux), tuple(read), kernels, preferred(backend))
             node = _insert(graph, copies, use, spec, [states[state] for state in read], operands)
             tapped.taps[node.name] = tuple(mine)
     graph.erase_node(anchor)
@@ -170,6 +186,36 @@ def insert_taps(
     tapped.states = tuple(sorted(states, key=lambda key: order.index(states[key].name)))
     graph.lint()
     return tapped
+
+
+def keep_rows(
+    graph: fx.Graph,
+    copies: dict[fx.Node, fx.Node],
+    layers: tuple[Layer, ...],
+    program: Program,
+    first: fx.Node,
+) -> bool:
+    """Replace the products of layers whose gradient the program reads as rows; returns whether there is any.
+
+    The graph's first input is then what keeps the rows, or ``None`` for ordinary weight gradients.
+    """
+    kept = {role.key.rpartition(".")[0] for role in program.inputs("rows")}
+    chosen = [layer for layer in layers if layer.name in kept and layer.uses[0].y in copies]
+    if not chosen:
+        return False
+    with graph.inserting_before(first):
+        keep = graph.placeholder("keep")
+    for layer in chosen:
+        use = layer.uses[0]
+        y = copies[use.y]
+        with graph.inserting_before(y):
+            own: tuple[Any, ...] = (*y.args, *y.kwargs.values())
+            operands = (keep, y.args[0], graph.get_attr(str(y.target))) if y.op == "call_module" else (keep, *own)
+            node = graph.call_function(KeptLinear(layer.name), operands)
+        y.replace_all_uses_with(node)
+        graph.erase_node(y)
+        copies[use.y] = node
+    return True
 
 
 def _insert(
@@ -188,24 +234,25 @@ def _insert(
 
 
 def _kernels(
-    expressions: tuple[Any, ...], use: Use, states: dict[str, Type], backend: str
-) -> tuple[tuple[str, Callable[..., Any]], ...]:
-    """The kernels that claim the ops of a tap's statistics, by op name."""
+    expressions: tuple[Any, ...], dtypes: tuple[torch.dtype, ...], use: Use, states: dict[str, Type], backend: str
+) -> tuple[tuple[tuple[int, int], Callable[..., Any]], ...]:
+    """The kernels that claim the ops of a tap's statistics, by statistic and number of the call in it."""
     form, chosen = use.form, {}
+    for index, expression in enumerate(expressions):
+        calls = count()
 
-    def read(leaf: RowsOf | StateOf) -> Type:
-        if isinstance(leaf, StateOf):
-            return states[leaf.key]
-        return Rows((None, None, form.groups, form.d_in if leaf.side[0] == "a" else form.d_out))
+        def read(leaf: RowsOf | StateOf, dtype: torch.dtype = dtypes[index]) -> Type:
+            if isinstance(leaf, StateOf):
+                return states[leaf.key]
+            return Rows((None, None, form.groups, form.d_in if leaf.side[0] == "a" else form.d_out), dtype)
 
-    def apply(op: str, operands: list[Any]) -> Any:
-        result = OPS[op].infer(*operands)
-        kernel = None if backend == "reference" else select(op, result, operands, backend)
-        if kernel is not None:
-            chosen[op] = kernel.run
-        return result
+        def apply(op: str, operands: list[Any], index: int = index, calls: Iterator[int] = calls) -> Any:
+            place, result = (index, next(calls)), OPS[op].infer(*operands)
+            kernel = None if backend == "reference" else select(op, result, operands, backend)
+            if kernel is not None:
+                chosen[place] = kernel.run
+            return result
 
-    for expression in expressions:
         evaluate(expression, read, apply)
     return tuple(chosen.items())
 

@@ -171,7 +171,12 @@ def compare(before: Program, after: Program, name: str, tolerance: float = 1e-8,
 
 
 def _by_key(outputs: dict[Role, Tensor]) -> dict[tuple[str, str], Tensor]:
-    return {(role.kind, key): value for role, value in outputs.items() for key in role.keys}
+    found = {}
+    for role, value in outputs.items():
+        apart = role.kind == "flag" and value.ndim  # a stack has a row for each key, all else one value under all
+        rows = value.unbind() if apart else [value] * len(role.keys)
+        found.update({(role.kind, key): row for key, row in zip(role.keys, rows, strict=True)})
+    return found
 
 
 def _had(program: Program, key: tuple[str, str]) -> bool:

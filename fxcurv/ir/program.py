@@ -24,7 +24,7 @@ from fxcurv.ir.op import OPS, Op
 from fxcurv.ir.statistic import state_keys
 from fxcurv.ir.types import Type
 
-INPUT_KINDS = ("grad", "param", "stat", "state", "hyper", "oracle")
+INPUT_KINDS = ("grad", "rows", "param", "stat", "state", "hyper", "oracle")
 OUTPUT_KINDS = ("update", "state", "flag", "info")
 STEP = "step"  # the cadence of what is needed in every step
 STATISTICS = "statistics"  # the cadence at which statistics arrive
@@ -38,8 +38,8 @@ class Role:
     """What an input or output of a program means.
 
     kind: one of INPUT_KINDS for a placeholder, of OUTPUT_KINDS for an output.
-    key: parameter name (grad, param, update), statistic expression (stat), ``owner.part`` (state), hyper-parameter
-        name, oracle name, flag or info name.
+    key: parameter name (grad, param, update), ``layer.x`` or ``layer.dy`` (rows), statistic expression (stat),
+        ``owner.part`` (state), hyper-parameter name, oracle name, flag or info name.
     init: how a state starts: "zeros", "ones" or "eye".
     also: further keys of a state that sharing merged into this one; it is saved under all of them.
     """
@@ -53,6 +53,15 @@ class Role:
     def keys(self) -> tuple[str, ...]:
         """All keys under which the value is known."""
         return (self.key, *self.also)
+
+    def __hash__(self) -> int:  # kept: a step of a large model looks up thousands of roles
+        found = self.__dict__.get("_hash")
+        if found is None:
+            found = self.__dict__["_hash"] = hash((self.kind, self.key, self.init, self.also))
+        return int(found)
+
+    def __getstate__(self) -> dict[str, Any]:  # text has another hash in another process
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
 
     def __str__(self) -> str:
         return f"{self.kind}[{', '.join(repr(key) for key in self.keys)}]"

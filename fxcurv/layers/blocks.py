@@ -46,6 +46,15 @@ class BlockForm(Form):
         """See :meth:`Form.kept`."""
         return self.inner.kept(x, *aux)
 
+    def loose_rows_a(self, x: Tensor, *aux: Tensor) -> Tensor | None:
+        """See :meth:`Form.loose_rows_a`."""
+        return self.inner.loose_rows_a(x, *aux)
+
+    @property
+    def outputs(self) -> tuple[int, int]:
+        """See :attr:`Form.outputs`."""
+        return self.start, self.d_out
+
     def product(self, x: Tensor, g: Tensor, *aux: Tensor) -> Tensor:
         """See :meth:`Form.product`."""
         return self.inner.product(x, g, *aux).narrow(1, self.start, self.d_out)

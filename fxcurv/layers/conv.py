@@ -49,17 +49,6 @@ class ConvForm(Form):
         x = x.permute(0, *(3 + k for k in axes), 1, 2, *(3 + len(axes) + k for k in axes))
         return self._augment(x.reshape(batch, math.prod(positions), self.groups, self.inputs))
 
-    def columns(self, x: Tensor) -> Tensor:
-        """Patches of a 2-d convolution as columns, (b, C_in * K, positions); without scale and constant coordinate."""
-        x = self.batched(x)
-        (top, bottom), (left, right) = self.pads
-        mode, padding = ("constant" if self.mode == "zeros" else self.mode), (0, 0)
-        if mode == "constant" and top == bottom and left == right:
-            padding = (top, left)
-        elif any((top, bottom, left, right)):
-            x = F.pad(x, (left, right, top, bottom), mode=mode)
-        return F.unfold(x, self.kernel, dilation=self.dilation, padding=padding, stride=self.stride)
-
     def rows_g(self, g: Tensor) -> Tensor:
         """See :meth:`Form.rows_g`; g (b, C_out, *spatial) or (C_out, *spatial)."""
         g = self.batched(g)

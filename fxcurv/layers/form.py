@@ -51,6 +51,17 @@ class Form(ABC):
     def rows_g(self, g: Tensor) -> Tensor:
         """Output-gradient rows, shape (b, s, groups, d_out), from a gradient shaped like the product."""
 
+    def loose_rows_a(self, x: Tensor, *aux: Tensor) -> Tensor | None:
+        """Input rows without the constant coordinate, (n, m, 1, inputs) in any order, for a sum over them.
+
+        ``None`` where it takes more than a view, or where not all rows have the same constant.
+        """
+        return None
+
+    def loose_rows_g(self, g: Tensor) -> Tensor | None:
+        """Output-gradient rows in any order, (n, m, 1, d_out), for a sum over them; ``None`` for ``rows_g``."""
+        return None
+
     def used_rows_g(self, x: Tensor, g: Tensor) -> Tensor:
         """``rows_g`` with zeros where the weight is not used (padding of an embedding)."""
         return self.rows_g(g)
@@ -73,6 +84,11 @@ class Form(ABC):
     def unitwise(self) -> bool:
         """Whether the exact curvature block of each group is small enough to keep whole (norm layers)."""
         return False
+
+    @property
+    def outputs(self) -> tuple[int, int]:
+        """The first of the product's outputs that are this form's, and how many."""
+        return 0, self.d_out
 
     @property
     def inputs(self) -> int:

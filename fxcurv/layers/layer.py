@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
 from fxcurv.layers.form import Form
 from fxcurv.layers.region import Place, Region
+
+SUMMANDS: dict[Callable[..., Any], tuple[int, ...]] = {}
+"""Function of a graph -> operands of equal shape that it only adds up, so that they have one and the same gradient."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,20 @@ class Layer:
             (use.x.name, f"{use.form.tag}*{use.form.scale!r}", tuple(node.name for node in use.aux))
             for use in self.uses
         )
+
+    @property
+    def output_key(self) -> tuple[Any, ...]:
+        """Equal for layers whose output gradients are equal: products that are added up and read nowhere else."""
+        use = self.uses[0]
+        readers = [user for user in use.y.users if use.y in _summands(user)]
+        if self.alone or len(self.uses) > 1 or len(readers) != 1:
+            return (self.name,)
+        return (readers[0].name, use.form.groups, *use.form.outputs)
+
+
+def _summands(node: fx.Node) -> tuple[Any, ...]:
+    places = SUMMANDS.get(node.target, ()) if callable(node.target) else ()
+    return tuple(node.args[place] for place in places if place < len(node.args))
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class LinearForm(Form):
     axis: int = -1
 
     def _rows(self, tensor: Tensor, size: int) -> Tensor:
-        if tensor.layout is not torch.strided:
+        if not torch.compiler.is_compiling() and tensor.layout is not torch.strided:
             tensor = tensor.to_dense()
         if self.axis == -2 and tensor.dim() > 1:
             tensor = tensor.transpose(-1, -2)
@@ -39,6 +39,10 @@ class LinearForm(Form):
     def rows_g(self, g: Tensor) -> Tensor:
         """See :meth:`Form.rows_g`; g like x with d_out instead of inputs."""
         return self._rows(g, self.d_out)
+
+    def loose_rows_a(self, x: Tensor, *aux: Tensor) -> Tensor | None:
+        """See :meth:`Form.loose_rows_a`."""
+        return self._rows(x, self.inputs) if self.scale == 1.0 else None
 
     @property
     def tag(self) -> str:

@@ -49,6 +49,24 @@ class NormForm(Form):
         """See :meth:`Form.rows_g`."""
         return self._rows(g).unsqueeze(-1)
 
+    def example_gradients(self, x: Tensor, g: Tensor, *aux: Tensor) -> Tensor:
+        """Gradients of single examples, (b, groups, d_in): positions are summed; rows are never built."""
+        x = x.unsqueeze(0) if x.dim() == self.rank else x
+        rows = self._rows(g)
+        shift = rows.sum(1)
+        if self.kind == "batch_norm" and x.is_floating_point():
+            # The data's layout, few passes: the sum over positions of (x - mean) g, then the division by the deviation.
+            data = x.to(g.dtype).reshape(*x.shape[:2], -1)
+            mean = aux[0].to(g.dtype) if self.running else data.mean((0, 2))
+            data = data - mean.unsqueeze(1)
+            count = data.shape[0] * data.shape[2]
+            variance = aux[1] if self.running else torch.linalg.vector_norm(data, dim=2).square().sum(0) / count
+            products = data.mul_(g.reshape(data.shape)).sum(2)
+            scale = products * torch.rsqrt(variance.to(g.dtype) + (self.eps or 0.0)) * self.scale
+        else:
+            scale = (self._rows(self._normalise(x, *aux)) * rows).sum(1) * self.scale
+        return torch.stack([scale, shift], -1) if self.bias else scale.unsqueeze(-1)
+
     def _normalise(self, x: Tensor, *aux: Tensor) -> Tensor:
         if self.kind == "layer_norm":
             return F.layer_norm(x, self.weight_shape, eps=self.eps or 0.0)

@@ -1,7 +1,7 @@
 """Reductions that need no rows: the same statistics straight from a layer's input and output gradient.
 
-Rows are the definition; for some forms building them costs more than the statistic. Patches of a convolution are laid
-out as columns of each image and multiplied in place, one-hot rows of an embedding are read as indices, a count looks at
+Rows are the definition; for some forms building them costs more than the statistic. Patches of a convolution overlap
+and their Gram hardly needs them, one-hot rows of an embedding are read as indices, a count looks at
 shapes only. Each entry is exact and declines (returns ``None``) where it does not apply.
 """
 
@@ -10,11 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxcurv.kernels.aten.operation import patch_gram
+from fxcurv.kernels.aten.patches import positions_gram
 from fxcurv.layers.bags import BagForm
 from fxcurv.layers.conv import ConvForm
 from fxcurv.layers.elements import ElementForm
 from fxcurv.layers.embedding import EmbeddingForm
 from fxcurv.layers.form import Form
+from fxcurv.layers.norm import NormForm
 from fxcurv.layers.recurrence.products import is_sequence
 from fxcurv.layers.tap import reduction
 
@@ -32,29 +35,32 @@ def count_rows(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tenso
     return torch.full((), float(rows.shape[0] * rows.shape[1]), dtype=g.dtype, device=g.device)
 
 
-@reduction("gram(a)")
+@reduction("gram(a)", "triton")
+def generated_gram_of_patches(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
+    """Patch Gram of a convolution on a GPU, by a generated kernel that reads the image itself."""
+    if not isinstance(form, ConvForm) or not x.is_cuda:
+        return None
+    from fxcurv.kernels.triton.conv_gram import conv_gram  # only a machine with Triton has this backend
+
+    return conv_gram(x, form)
+
+
+@reduction("gram(a)", "aten")
 def gram_of_patches(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
-    """Patch Gram of a 2-d convolution without groups: patches as columns (C K, positions) of an image, not copied."""
-    if not isinstance(form, ConvForm) or form.groups != 1 or len(form.kernel) != 2 or form.scale != 1.0:
-        return None
-    columns = form.columns(x)
-    gram = _sum_of_products(columns)
-    if not form.bias:
-        return gram
-    sums, count = columns.sum((0, 2)), columns.shape[0] * columns.shape[2]
-    full = gram.new_empty(form.d_in, form.d_in)
-    full[:-1, :-1] = gram
-    full[:-1, -1] = full[-1, :-1] = sums
-    full[-1, -1] = count
-    return full
+    """Patch Gram of a convolution on the CPU, by the cheapest of several forms; elsewhere by patches."""
+    return patch_gram(x, form) if isinstance(form, ConvForm) else None
 
 
-@reduction("gram(g)")
+@reduction("gram(g)", "aten")
 def gram_of_positions(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
-    """Output-gradient Gram of a convolution without groups, straight from (b, C, positions)."""
-    if not isinstance(form, ConvForm) or form.groups != 1:
+    """Output-gradient Gram of a convolution, straight from (b, C, positions)."""
+    if not isinstance(form, ConvForm):
         return None
-    return _sum_of_products(form.batched(g).flatten(2))
+    columns = form.batched(g).flatten(2)
+    if form.groups > 1:
+        columns = columns.unflatten(1, (form.groups, form.d_out))
+        return torch.matmul(columns, columns.mT).sum(0)
+    return torch.bmm(columns, columns.mT).sum(0) if torch.compiler.is_compiling() else positions_gram(columns)
 
 
 @reduction("diag_gram(a)")
@@ -74,9 +80,12 @@ def squares(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor |
 
 
 @reduction("grad_gram(a, g)")
-def entry_blocks(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
-    """The whole block of every entry of an element-wise parameter, Psd[groups; d_in], without rows."""
-    if not isinstance(form, ElementForm):
+def unit_blocks(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
+    """The whole block of every entry of an element-wise parameter or of every unit of a norm, Psd[groups; d_in].
+
+    Without rows: positions are summed in the layout of the data, before the (few) coordinates of a unit meet.
+    """
+    if not isinstance(form, (ElementForm, NormForm)):
         return None
     gradients = form.example_gradients(x, g, *aux)
     return torch.einsum("bgi,bgj->gij", gradients, gradients)
@@ -107,18 +116,3 @@ def _token_squares(form: Form, x: Tensor, rows: Tensor, aux: Aux) -> Tensor:
     sums = rows.new_zeros(len(found), form.d_out).index_add_(0, place, terms)
     table = rows.new_zeros(form.d_in, form.d_out).index_add_(0, found % form.d_in, sums.square())
     return table.t().contiguous()
-
-
-def _sum_of_products(columns: Tensor) -> Tensor:
-    """sum_b C_b C_b^T for (b, d, positions), in batches whose results stay small."""
-    b, d, _ = columns.shape
-    step = max(1, min(b, (1 << 20) // max(1, d * d)))
-    if torch.compiler.is_compiling() or step >= b:
-        return torch.bmm(columns, columns.mT).sum(0)
-    total = columns.new_zeros(d, d)
-    for part in columns.split(step):
-        if step == 1:
-            total.addmm_(part[0], part[0].mT)
-        else:
-            total += torch.bmm(part, part.mT).sum(0)
-    return total

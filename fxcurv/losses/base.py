@@ -145,6 +145,11 @@ class Loss(ABC):
         terms = self._count(outputs, targets, mask).double()
         return torch.full_like(terms, self._sizes(outputs)[0]) if self.reduction == "batchmean" else terms
 
+    def count_behind(self, gradient: Tensor) -> Tensor:
+        """``count`` of a model's outputs from the loss's gradient there, without targets or mask: the model may lay its
+        outputs out in another way than the loss is given them."""
+        return self.count(gradient)
+
     def sample(
         self,
         outputs: Tensor,

@@ -130,6 +130,17 @@ class CrossEntropy(Loss):
             return kept.sum()
         return (weight.double()[targets.long().where(kept, 0)] * kept).sum()
 
+    def count_behind(self, gradient: Tensor) -> Tensor:
+        """Logits (rows, positions, C) are common, and flattened before torch's loss sees them.
+
+        The gradient of a term sums to zero over its classes, and over nothing else: that tells on which axis they are.
+        """
+        count = self.count(gradient)
+        if gradient.dim() < 3 or self.reduction == "batchmean" or not gradient.numel():
+            return count
+        first, last = (gradient.to(wide(gradient.dtype)).sum(axis).abs().amax() for axis in (1, -1))
+        return torch.where(first <= last, count, torch.full_like(count, gradient[..., 0].numel()))
+
     def _weights(self, outputs: Tensor, targets: Tensor | None, mask: Tensor | None) -> Tensor:
         kept = self._kept(outputs, targets, mask)
         weight, smoothing = self._class_weights(outputs), self.label_smoothing

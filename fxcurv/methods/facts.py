@@ -27,7 +27,8 @@ class Target:
 
     name: the layer's name, owner of its nodes and states. weight, bias: keys of the layer's parts of its parameters
     (see :mod:`fxcurv.layers.region`), the names where these are whole. input: name under which its input rows are
-    measured (layers that read the same rows share it). groups, d_out, d_in, bias, diagonal_input, unitwise: see
+    measured (layers that read the same rows share it); output: the same of its output-gradient rows where they are
+    measured without the input's, "" for its own name. groups, d_out, d_in, bias, diagonal_input, unitwise: see
     :class:`fxcurv.layers.form.Form`. permutation, weight_shape: storage of this part. swapped: whether the layer also
     has uses with the transposed role. sequential: whether positions may be the steps of a sequence: not pixels, and not
     where a loop applies the weight anew at each step. dtype: of the program's values for this layer. stored_weight,
@@ -51,11 +52,15 @@ class Target:
     dtype: torch.dtype = torch.float32
     stored_weight: tuple[int, ...] | None = None
     stored_bias: tuple[int, ...] | None = None
+    output: str = ""
 
-    def rows(self, b: Builder, side: str) -> fx.Node:
-        """Rows of one side as a statistic input: "a", "g", or "a2", "g2" of the swapped uses."""
+    def rows(self, b: Builder, side: str, alone: bool = False) -> fx.Node:
+        """Rows of one side as a statistic input: "a", "g", or "a2", "g2" of the swapped uses.
+
+        alone: no statistic pairs them with rows of the other side, so that another layer may measure them.
+        """
         wide = {"a": self.d_in, "g2": self.d_in - self.homogeneous}.get(side, self.d_out)
-        owner = self.input if side == "a" else self.name
+        owner = self.input if side == "a" else self.output if side == "g" and alone and self.output else self.name
         return b.input("stat", f"{owner}.{side}", Rows((None, None, self.groups, wide), self.dtype))
 
     def gradient(self, b: Builder) -> fx.Node:
@@ -127,6 +132,7 @@ def gather(model: nn.Module, layers: Iterable[Layer], max_factor_dim: int, shari
     """The facts of a model whose ``layers`` are to be preconditioned."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     first: dict[object, str] = {}
+    first_out: dict[object, str] = {}
     targets = []
     for layer in layers:
         form = layer.form
@@ -135,6 +141,7 @@ def gather(model: nn.Module, layers: Iterable[Layer], max_factor_dim: int, shari
             Target(
                 name=layer.name,
                 input=first.setdefault((layer.input_key, form.groups, form.d_in), layer.name),
+                output=first_out.setdefault(layer.output_key, layer.name),
                 weight=layer.weight_key,
                 bias=layer.bias_key,
                 groups=form.groups,

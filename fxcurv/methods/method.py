@@ -130,6 +130,7 @@ class Rule:
     kind: str = "step"
     momentum: float = 0.9
     weight_decay: float = 0.0
+    nesterov: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
 

@@ -20,6 +20,7 @@ COMMON: dict[str, Any] = {
     "sharing": "expand",  # positions of a shared weight: "expand" or "reduce"
     "lr": 0.1,  # learning rate that the KL clip assumes; fxcurv.optimizer supplies its own
     "momentum": 0.9,  # of fxcurv.optimizer
+    "nesterov": False,  # whether fxcurv.optimizer looks ahead by its momentum
     "weight_decay": 0.0,  # decoupled, of fxcurv.optimizer
     "seed": 0,  # of label sampling and probes
 }
@@ -66,7 +67,7 @@ class Published:
             name=self.name,
             hyper={**method.hyper, **numbers},
             every=Every(o.factor_every, o.solve_every),
-            rule=Rule(method.rule.kind, o.momentum, o.weight_decay, method.rule.options),
+            rule=Rule(method.rule.kind, o.momentum, o.weight_decay, bool(o.nesterov), method.rule.options),
             max_factor_dim=o.max_factor_dim,
             sharing=o.sharing,
             seed=o.seed,

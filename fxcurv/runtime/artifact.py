@@ -34,7 +34,9 @@ from fxcurv.methods.facts import Facts, gather
 from fxcurv.passes.detect import Detect
 from fxcurv.passes.lower import Lower
 from fxcurv.passes.manager import Compilation, Pass
+from fxcurv.passes.memory import Memory
 from fxcurv.passes.tap import TapPass
+from fxcurv.passes.views import Views
 from fxcurv.runtime.describe import FORMAT, describe, plain_target, unpack_loss
 from fxcurv.runtime.example import zeros_like_text
 from fxcurv.runtime.module import CurvatureModule
@@ -160,7 +162,8 @@ def load(
         skip=request["skip"],
         fused=request.get("fused"),
         on_nonfinite=request["on_nonfinite"],
-        passes=(Detect(), Read(str(root / PROGRAM), report["targets"]), TapPass(), Lower()),
+        passes=(Detect(), Read(str(root / PROGRAM), report["targets"]), TapPass(), Views(), Memory(), Lower()),
+        disable=[name for name in request["disable"] if name in ("views", "memory")],
         proofs=given,
         **request["hyper"],
     )

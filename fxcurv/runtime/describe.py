@@ -20,6 +20,7 @@ import fxcurv
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.cost import budget, state_bytes
 from fxcurv.ir.program import STEP, Program
+from fxcurv.ir.schedule import base_of, falls_due
 from fxcurv.ir.types import DTYPE_NAMES
 from fxcurv.losses import LOSSES, Loss
 from fxcurv.methods.facts import Target
@@ -88,13 +89,21 @@ def cost(program: Program, rows: int) -> dict[str, Any]:
     return {"rows": rows, "cadences": cadences, "per_step": {"flops": mean.flops, "bytes": mean.bytes}}
 
 
+MANY = 10_000
+"""Steps of a schedule that are looked at; a longer one repeats itself for all that matters."""
+
+
 def reachable(cadences: dict[str, int]) -> list[frozenset[str]]:
     """The sets of due cadences that the schedule reaches, the smallest first.
 
     A set is due together first at the least common multiple of its periods; it is due alone at some step exactly if no
-    other period divides that.
+    other period divides that. Shifted cadences are looked at step by step.
     """
     names = [name for name in cadences if name != STEP]
+    if any(base_of(name) != name for name in names):
+        steps = range(min(MANY, 1 + lcm(*(cadences[name] for name in names))))
+        sets = {frozenset(n for n in names if falls_due(n, cadences[n], step)): None for step in steps}
+        return sorted(sets, key=lambda due: (len(due), sorted(due)))
     found = []
     for size in range(len(names) + 1):
         for chosen in combinations(names, size):

@@ -15,16 +15,19 @@ from torch import Tensor, nn
 
 from fxcurv.errors import FxcurvError, FxcurvWarning
 from fxcurv.ir.program import REFRESH, STATISTICS, Role
+from fxcurv.ir.schedule import base_of, falls_due
 from fxcurv.layers.region import place_of
 from fxcurv.losses import Loss
-from fxcurv.passes.lower import Lowered, Slice
+from fxcurv.passes.lower import Bundle, Lowered, Slice
 from fxcurv.passes.manager import Compilation
 from fxcurv.runtime.batch import Batch, measured
 from fxcurv.runtime.distributed import WORLD, Ranks
 from fxcurv.runtime.info import StepInfo
+from fxcurv.runtime.numbers import Numbers
 from fxcurv.runtime.oracles import GGNOracle, HessianOracle
-from fxcurv.runtime.recover import Recovery, recover
+from fxcurv.runtime.recover import Recovery, apart, flags_of, recover
 from fxcurv.runtime.repair import dump
+from fxcurv.runtime.rows import KeptRows, gradient_of, joined
 from fxcurv.runtime.sources import weight
 from fxcurv.runtime.states import States
 from fxcurv.runtime.statistics import Statistics, tap_types
@@ -52,6 +55,7 @@ class Engine:
         self.on_nonfinite = on_nonfinite
         self.hyper = dict(self.method.hyper)
         self.dtype = compilation.facts.dtype
+        self.numbers = Numbers(self.dtype)
         self.places: dict[str, tuple[dict[str, nn.Parameter | None], str]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -64,9 +68,14 @@ class Engine:
         }
         self.states = States(self.lowered.program, self.device_of)
         self.commits = self.lowered.commits()
-        self.dtypes = {role: node.meta["type"].dtype for role, node in self.lowered.program.inputs("grad").items()}
+        grads = self.lowered.program.inputs("grad").items()
+        self.stored = {role.key: (place_of(role.key, self.places), node.meta["type"].dtype) for role, node in grads}
+        self.owner_of = {key: t.name for t in self.facts.targets for key in (t.weight, t.bias) if key}
         types = {role.key: node.meta["type"] for role, node in self.lowered.program.inputs("stat").items()}
         self.statistics = Statistics(tap_types(types))
+        self.rows = KeptRows()
+        self.row_types = {role.key: node.meta["type"] for role, node in self.lowered.program.inputs("rows").items()}
+        self.row_layers = {t.name: t for t in self.facts.targets if f"{t.name}.x" in self.row_types}
         self.oracle: HessianOracle | GGNOracle | None = None
         self.seed = self.method.seed
         self.step = 0
@@ -91,10 +100,11 @@ class Engine:
 
     def is_due(self, cadence: str) -> bool:
         """Whether a cadence is due in the coming step: by ``due`` if it said so, else by its period."""
-        forced = self.forced.get(cadence)
+        base = base_of(cadence)
+        forced = self.forced.get(base)
         period = self.lowered.program.cadences[cadence]
         if forced is None:
-            return self.step % period == 0 or (self.overdue and cadence == REFRESH)
+            return falls_due(cadence, period, self.step) or (self.overdue and base == REFRESH)
         return forced
 
     def due(self) -> frozenset[str]:
@@ -105,6 +115,22 @@ class Engine:
     def wants_statistics(self) -> bool:
         """Whether the coming step uses statistics of layers."""
         return self.method.source.taps and bool(self.statistics.types) and self.is_due(STATISTICS)
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether some weight gradients are never formed."""
+        return bool(self.row_types)
+
+    @property
+    def keep(self) -> Any:
+        """What keeps rows in the place of weight gradients; ``None`` where weight gradients are needed: other processes
+        and graphs compiled from the model know nothing else."""
+        return None if torch.compiler.is_compiling() or self.ranks.size > 1 else self.rows.keep
+
+    @property
+    def arrived(self) -> bool:
+        """Whether a backward pass has left something for the coming step."""
+        return self.statistics.arrived or self.rows.arrived
 
     @property
     def ranks(self) -> Ranks:
@@ -121,16 +147,21 @@ class Engine:
     def run(self, scaler: Any = None, rate: float | None = None) -> StepInfo:
         """Turn the parameters' gradients into update directions, in place; see ``CurvatureModule.precondition_``."""
         self.check_places()
-        scale, captured_scale, overflow = gradient_scale(scaler, self.parameters().values())
+        if self.rows.arrived and scaler is not None and scaler.is_enabled():
+            raise FxcurvError(
+                "weight_gradients=False leaves a GradScaler nothing to look at: transform with weight_gradients=True."
+            )
+        parameters = self.parameters()
+        scale, captured_scale, overflow = gradient_scale(scaler, parameters.values())
         if overflow:
             self.discard()
             return StepInfo(self.step, skipped=True)
         due = self.due()
         batch = measured(self, due)
-        self.written.check(p.grad for p in self.parameters().values())
-        current = self.lowered.slice(due)
+        self.written.check(p.grad for p in parameters.values())
+        current = self.lowered.slice(due, bundled=True)
         inputs = self._inputs(current, batch, (scale, captured_scale), rate)
-        results = dict(zip(current.outputs, current.function(*inputs.values()), strict=True))
+        results = dict(zip(current.outputs, current(*inputs.values()), strict=True))
         info = self._commit(due, inputs, results, batch.terms, scale)
         self.step += 1
         self.micro = 0
@@ -141,6 +172,7 @@ class Engine:
     def discard(self) -> None:
         """Forget statistics and oracles of an unfinished step."""
         self.statistics.discard()
+        self.rows.discard()
         self.oracle = None
         self.micro = 0
 
@@ -180,51 +212,77 @@ class Engine:
         numbers = {**self.hyper, "seed": float(self.seed), "step": float(self.step)}
         if rate is not None:
             numbers["lr"] = rate
-        inputs: dict[Role, Any] = {}
+        inputs: dict[Any, Any] = {}
+        kept: dict[str, tuple[Tensor, Tensor]] = {}
         for role in current.inputs:
-            if role.kind == "grad":
-                place = place_of(role.key, parameters)
+            if isinstance(role, Bundle):
+                if role.kind == "state":
+                    inputs[role] = self.states.values.together(role)
+                else:
+                    inputs[role] = batch.statistics.together(role.keys, self.stat_device(role.keys[0]))
+            elif role.kind == "grad":
+                place, dtype = self.stored[role.key]
                 parameter = parameters[place.name]
-                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
-                grad = place.of(grad).to(self.dtypes[role])
+                grad = parameter.grad
+                grad = torch.zeros_like(parameter) if grad is None else grad.detach() if grad.requires_grad else grad
+                grad = grad if place.region is None else place.of(grad)
+                grad = grad if grad.dtype == dtype else grad.to(dtype)
                 inputs[role] = grad if factor == 1.0 else grad * factor
+            elif role.kind == "rows":
+                name, _, side = role.key.rpartition(".")
+                if name not in kept:
+                    kept[name] = self._rows(name)
+                inputs[role] = kept[name][0] if side == "x" else kept[name][1] * factor
             elif role.kind == "state":
                 inputs[role] = self.states.values[role]
             elif role.kind == "hyper":
-                inputs[role] = torch.tensor(numbers[role.key], dtype=self.dtype)
+                inputs[role] = self.numbers.tensor(role.key, numbers[role.key])
             elif role.kind == "oracle":
                 inputs[role] = batch.oracle
             elif role.key == "terms":
-                inputs[role] = torch.tensor(terms, dtype=self.dtype)
+                inputs[role] = self.numbers.tensor("terms", terms)
             elif role.key == "weight":
-                inputs[role] = torch.tensor(
-                    weight(self.method.source, self.loss, terms, captured_scale), dtype=self.dtype
-                )
+                found = weight(self.method.source, self.loss, terms, captured_scale)
+                inputs[role] = self.numbers.tensor("weight", found)
             else:
                 inputs[role] = batch.statistics.value(role.key, self.stat_device(role.key))
         return inputs
 
+    def _rows(self, name: str) -> tuple[Tensor, Tensor]:
+        """A layer's whole gradient as rows (x, dy): kept ones, and what has arrived in its weight's ``grad``."""
+        target = self.row_layers[name]
+        weight = self.parameters()[target.weight]
+        shape = target.d_out, target.d_in - target.homogeneous
+        stored = None if weight.grad is None else weight.grad.permute(target.permutation).reshape(shape)
+        like = weight.new_empty(0, dtype=self.row_types[f"{name}.x"].dtype)
+        return joined(self.rows.of(name), stored, shape, like)
+
     def stat_device(self, key: str) -> torch.device:
         """Where a statistic is measured."""
-        known = [device for (k, device) in self.statistics.slots if k == key]
-        return known[0] if known else self.device_of("")
+        slot = self.statistics.latest.get(key)
+        return self.device_of("") if slot is None else slot.device
 
     def _commit(
-        self, due: frozenset[str], inputs: dict[Role, Any], results: dict[Role, Any], terms: float, scale: float
+        self, due: frozenset[str], inputs: dict[Any, Any], results: dict[Any, Any], terms: float, scale: float
     ) -> StepInfo:
-        flags = {role.key: value for role, value in results.items() if role.kind == "flag"}
+        flags = [value.reshape(-1) for role, value in results.items() if role.kind == "flag"]
         found = Recovery(results)
-        if flags and not bool(torch.stack([f.reshape(()) for f in flags.values()]).all()):
+        if flags and not bool(torch.cat(flags).all()):
             if self.on_nonfinite == "raise":
-                where = ", ".join(sorted(key.rpartition(":")[0] for key, flag in flags.items() if not bool(flag)))
+                bad = {key.rpartition(":")[0] for key, flag in flags_of(results).items() if not bool(flag)}
+                where = ", ".join(sorted(bad))
                 raise FxcurvError(f"step {self.step}: not finite in {where}; nothing was changed.")
-            found = recover(self.lowered, due, inputs, results, self.states.values, self.commits)
+            results = apart(results)
+            found = recover(self.lowered, due, apart(inputs), results, self.states.values, self.commits)
             self._dump(found, results)
             self._warn(found)
-        self.overdue = found.retry or (self.overdue and REFRESH not in due)
+        refreshed = any(base_of(cadence) == REFRESH for cadence in due)
+        self.overdue = found.retry or (self.overdue and not refreshed)
         self.terms = terms or self.terms
         for role, value in found.results.items():
-            if role.kind == "state":
+            if isinstance(role, Bundle):
+                self.states.values.put(role, value)
+            elif role.kind == "state":
                 self.states.values[role] = value
         self._write(found, scale)
         self.info = {role.key: value for role, value in found.results.items() if role.kind == "info"}
@@ -232,7 +290,7 @@ class Engine:
         return StepInfo(
             self.step,
             statistics=STATISTICS in due and (self.method.source.taps or self.oracle is not None),
-            refresh=REFRESH in due,
+            refresh=refreshed,
             terms=terms,
             kl_scale=None if clip is None else float(clip),
             fallback=tuple(sorted(found.fallback)),
@@ -244,7 +302,7 @@ class Engine:
         """Write the states of failed layers, as the failing step computed them, where ``dump_failures`` says."""
         folder, failed = self.compilation.options.get("dump_failures"), found.repaired | found.kept
         if folder is not None and failed:
-            latest = self.states.values | {role: value for role, value in results.items() if role.kind == "state"}
+            latest = {**self.states.values, **{r: value for r, value in results.items() if r.kind == "state"}}
             chosen = {r: v for r, v in latest.items() if failed & {owner for owner, _ in self.commits.get(r, ())}}
             dump(folder, self.step, chosen)
 
@@ -261,16 +319,31 @@ class Engine:
 
     def _write(self, found: Recovery, scale: float) -> None:
         parameters = self.parameters()
-        owner_of = {name: target.name for target in self.facts.targets for name in (target.weight, target.bias) if name}
+        arrived = {t.weight: name for name, t in self.row_layers.items() if self.rows.of(name)}
+        for key, name in arrived.items():
+            if name in found.fallback:
+                parameters[key].grad = gradient_of(self.row_layers[name], parameters[key], *self._rows(name))
+        written: dict[str, Tensor] = {}
+        parts: list[Tensor] = []
+        steps: list[Tensor] = []
         for role, value in found.results.items():
-            if role.kind != "update" or owner_of.get(role.key, role.key) in found.fallback:
+            if role.kind != "update" or self.owner_of.get(role.key, role.key) in found.fallback:
                 continue
-            place = place_of(role.key, parameters)
+            place = self.stored[role.key][0] if role.key in self.stored else place_of(role.key, parameters)
             grad = parameters[place.name].grad
-            if grad is not None:
-                part = place.of(grad.detach())
-                part.copy_(value if scale == 1.0 else value * scale)
+            if role.key in arrived:
+                step = value if scale == 1.0 else value * scale
+                parameters[role.key].grad = grad = step.to(parameters[role.key].dtype)
                 self.written.mark(grad)
+            elif grad is not None:
+                parts.append(grad if place.region is None else place.of(grad))
+                steps.append(value if scale == 1.0 else value * scale)
+                written[place.name] = grad
+        if parts:
+            with torch.no_grad():
+                torch._foreach_copy_(parts, steps)
+        for grad in written.values():
+            self.written.mark(grad)
 
 
 def _links(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[dict[str, nn.Module | None], str, nn.Module]]:

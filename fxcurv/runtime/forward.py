@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
@@ -17,10 +18,12 @@ from fxcurv.capture.structure import flatten_output
 from fxcurv.errors import FxcurvError, FxcurvWarning
 from fxcurv.layers.aggregate import aggregated
 from fxcurv.layers.layer import Detection, Layer
+from fxcurv.passes.defer import Note
 from fxcurv.passes.detect import find_layers
 from fxcurv.passes.tap import Tapped, insert_taps
+from fxcurv.runtime.deferred import Notes
 from fxcurv.runtime.engine import Engine
-from fxcurv.runtime.statistics import OutputTap, count_terms
+from fxcurv.runtime.statistics import OutputTap, Statistics, count_terms
 
 LIMIT = 32  # forwards kept for one kind of call whose graphs assume sizes
 
@@ -34,6 +37,7 @@ class TappedForward:
     def __init__(self, captured: Captured, tapped: Tapped) -> None:
         self.captured, self.tapped = captured, tapped
         self.runner = Runner(captured.graphs[0], tapped.graph)
+        self.unmeasured = None if tapped.unmeasured is None else Runner(captured, tapped.unmeasured)
         self.parts = {
             id(part): (part, mine, Runner(part, mine.graph))
             for part, mine in zip(captured.graphs, tapped.graphs, strict=True)
@@ -41,35 +45,42 @@ class TappedForward:
 
     def __call__(self, engine: Engine, leaves: list[Tensor]) -> Any:
         """The model's output; statistics arrive when a backward pass reaches the taps."""
+        if self.unmeasured is not None and not engine.wants_statistics:
+            return self.unmeasured(engine.model, engine.keep, *leaves)
         if self.captured.stitched is not None:
-            output = self.run_pieces(engine, leaves)
+            output, notes = self.run_pieces(engine, leaves)
         else:
-            output = self.runner(engine.model, *self.extras(engine, self.tapped), *leaves)
-        return self.count_outputs(engine, output, leaves)
+            notes = new_notes(engine, self.tapped, leaves)
+            output = self.runner(engine.model, *self.extras(engine, self.tapped, notes), *leaves)
+        return self.count_outputs(engine, output, leaves, notes)
 
-    def extras(self, engine: Engine, tapped: Tapped) -> list[Any]:
-        """Values of a tapped graph's slots and states."""
+    def extras(self, engine: Engine, tapped: Tapped, notes: Notes | None) -> list[Any]:
+        """Values of a tapped graph's slots and states, behind what deferred taps and kept rows are noted with."""
         statistics, device = engine.statistics, engine.device_of("")
-        values: list[Any] = []
-        for slot in tapped.slots:
-            if slot.shape is None:
-                values.append(partial(statistics.fresh_slot, slot.key, slot.dtype))
-            else:
-                values.append(statistics.slot(slot, device))
+        values: list[Any] = [_note(engine, notes)] if tapped.deferred else []
+        values += [] if tapped.unmeasured is None else [engine.keep]
+        if torch.compiler.is_compiling():
+            values += slots_of(statistics, tapped, device)
+        else:  # the same ones as before: found once, for looking up each costs as much as making one
+            key = id(tapped), device
+            if key not in statistics.ready:
+                statistics.ready[key] = tapped, slots_of(statistics, tapped, device)
+            values += statistics.ready[key][1]
         return values + [engine.states.read(key) for key in tapped.states]
 
     @torch.compiler.disable
-    def run_pieces(self, engine: Engine, leaves: list[Tensor]) -> Any:
-        """The output of a forward in pieces; a graph that is new is tapped before it runs."""
+    def run_pieces(self, engine: Engine, leaves: list[Tensor]) -> tuple[Any, Notes | None]:
+        """The output of a forward in pieces, and what they noted; a graph that is new is tapped before it runs."""
+        notes = new_notes(engine, self.tapped, leaves)
 
         def run(part: Captured, inputs: Sequence[Any]) -> Any:
             if id(part) not in self.parts:
                 self.add_piece(engine, part)
             _, tapped, runner = self.parts[id(part)]
-            return runner(engine.model, *self.extras(engine, tapped), *inputs)
+            return runner(engine.model, *self.extras(engine, tapped, notes), *inputs)
 
         assert self.captured.stitched is not None
-        return self.captured.stitched(run, engine.model, leaves)
+        return self.captured.stitched(run, engine.model, leaves), notes
 
     def add_piece(self, engine: Engine, part: Captured) -> None:
         """Tap a graph that was not there before. Layers are looked for in all graphs: a use may rule one out."""
@@ -77,9 +88,11 @@ class TappedForward:
         together = replace(self.captured, pieces=(*(known for known, _, _ in self.parts.values()), part))
         layers = known_layers(engine, find_layers(together, engine.model, None, options.get("fused")))
         tapped = insert_taps(part.graph, layers, engine.lowered.program, options["backend"], True)
+        if "defer" in options:
+            options["defer"].apply(tapped)
         self.parts[id(part)] = part, tapped, Runner(part, tapped.graph)
 
-    def count_outputs(self, engine: Engine, output: Any, leaves: list[Tensor]) -> Any:
+    def count_outputs(self, engine: Engine, output: Any, leaves: list[Tensor], notes: Notes | None = None) -> Any:
         """Tap every differentiable tensor of the output (but for those in objects) with the number of its loss terms.
 
         A scalar is a loss that the model computed by itself: its terms are those of the outputs beside it, and without
@@ -92,8 +105,36 @@ class TappedForward:
         for index, i in enumerate(tapped):
             value = values[i]
             terms = counts[i] if i in counts else torch.stack([n.to(value.device) for n in scalars]).amax()
-            values[i] = OutputTap.apply(terms, value, engine.statistics.terms_slot(value.device, index))
+            known = engine.loss is not None and not engine.loss.needs_targets and i in counts
+            loss = engine.loss if known and value.ndim > 2 else None  # its gradient tells where the classes are
+            values[i] = OutputTap.apply(terms, value, engine.statistics.terms_slot(value.device, index), notes, loss)
         return structure(values) if tapped else output
+
+
+def slots_of(statistics: Statistics, tapped: Tapped, device: torch.device) -> list[Any]:
+    """The leaves of a tapped graph's slots, in order; for rows functions that make one."""
+    return [
+        partial(statistics.fresh_slot, slot.key, slot.dtype) if slot.shape is None else statistics.slot(slot, device)
+        for slot in tapped.slots
+    ]
+
+
+def new_notes(engine: Engine, tapped: Tapped, leaves: list[Tensor]) -> Notes | None:
+    """Where a forward pass notes deferred statistics that its source will ask for; an empirical source need not."""
+    if torch.compiler.is_compiling() or engine.method.source.kind == "empirical":
+        return None
+    if not any(part.deferred for part in tapped.graphs):
+        return None
+    return Notes(before=tuple(x.grad_fn for x in leaves if x.grad_fn is not None))
+
+
+def _note(engine: Engine, notes: Notes | None) -> Note | None:
+    """What deferred taps of a forward pass are noted with; ``None`` in compiled graphs, where they are ordinary."""
+    if torch.compiler.is_compiling():
+        return None
+    if engine.method.source.kind == "empirical":
+        return engine.statistics.arrivals.note
+    return None if notes is None else notes.note
 
 
 class Forwards:
@@ -105,6 +146,7 @@ class Forwards:
     def __init__(self, frontend: str) -> None:
         self.frontend = self.chosen = frontend
         self.known: dict[Hashable, list[TappedForward]] = {}
+        self.latest: tuple[Hashable, TappedForward] | None = None
 
     def clone(self) -> Forwards:
         """Tapped forwards hold no tensor of the model, so a copied model shares them."""
@@ -130,6 +172,10 @@ class Forwards:
 
         Raises :class:`FxcurvError` when the model cannot be captured for such a call.
         """
+        sketch = None if kwargs else sketch_of(engine.model, args)
+        known, latest = self.latest or (None, None)
+        if latest is not None and known == sketch and sketch is not None and latest.captured.accepts(args):
+            return latest, list(args)
         call = Call.of(engine.model, args, kwargs)
         forward = self.get(call)
         if forward is None:
@@ -138,7 +184,12 @@ class Forwards:
             program, backend = engine.lowered.program, options["backend"]
             tapped, *rest = (insert_taps(part.graph, layers, program, backend, True) for part in captured.graphs)
             tapped.rest = tuple(rest)
+            if "defer" in options:
+                for part in tapped.graphs:
+                    options["defer"].apply(part)
             forward = self.add(call, captured, tapped)
+        if sketch is not None and len(call.leaves) == len(args) and all(map(operator.is_, call.leaves, args)):
+            self.latest = sketch, forward
         return forward, call.leaves
 
     def _capture(self, model: nn.Module, call: Call) -> Captured:
@@ -146,6 +197,23 @@ class Forwards:
             with contextlib.suppress(FxcurvError):
                 return capture(model, call, self.chosen)
         return capture(model, call, self.frontend)
+
+
+def sketch_of(model: nn.Module, args: tuple[Any, ...]) -> Hashable:
+    """What tells calls of a model with a few plain tensors apart, found faster than a :class:`Call`: their number, and
+    every mode and dtype in the model; ``None`` for another kind of call. Equal sketches have equal keys."""
+    if any(type(x) is not Tensor or x.layout is not torch.strided for x in args):
+        return None
+    modes: list[bool] = []
+    dtypes: list[torch.dtype] = []
+    stack: list[nn.Module | None] = [model]
+    while stack:
+        module = stack.pop()
+        if module is not None:
+            modes.append(module.training)
+            dtypes += [p.dtype for p in module._parameters.values() if p is not None]
+            stack += module._modules.values()
+    return len(args), tuple(modes), tuple(dtypes)
 
 
 def known_layers(engine: Engine, detection: Detection) -> tuple[Layer, ...]:

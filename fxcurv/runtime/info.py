@@ -9,8 +9,9 @@ from dataclasses import dataclass
 class StepInfo:
     """Returned by ``precondition_``.
 
-    step: number of this step, from 0. statistics, refresh: whether statistics were used and factorisations renewed.
-    terms: loss terms behind the statistics. kl_scale: common factor of the KL clip, ``None`` without one.
+    step: number of this step, from 0. statistics, refresh: whether statistics were used and factorisations renewed
+    (with ``stagger``: some). terms: loss terms behind the statistics. kl_scale: common factor of the KL clip, ``None``
+    without one.
     fallback: layers that kept their plain gradient because something was not finite. repaired: layers whose
     factorisation failed and was redone in float64 or with more damping. kept: layers whose factorisation failed for
     good, so that the previous one stays in use. skipped: nothing changed because the gradient scaler found overflow.

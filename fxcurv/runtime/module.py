@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fxcurv.capture import capture
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.program import REFRESH, STATISTICS, Program
+from fxcurv.ir.schedule import base_of
 from fxcurv.layers.layer import Layer
 from fxcurv.passes.manager import Record
 from fxcurv.passes.tap import Tapped, insert_taps
@@ -42,7 +43,7 @@ class CurvatureModule(nn.Module):
         own["_model"], own["_engine"], own["_forwards"] = model, engine, forwards
         own["_batches"] = []
         own["training"] = model.training
-        own["_tapped"] = False
+        own["_tapped"] = own["_measured"] = False
         self._arm()
 
     # The model ------------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ class CurvatureModule(nn.Module):
 
         Not within a backward pass: that is a checkpoint recomputing the forward, before gradients have arrived.
         """
-        if self._engine.statistics.arrived and torch._C._current_graph_task_id() == -1:
+        if self._engine.arrived and torch._C._current_graph_task_id() == -1:
             grads = [p.grad for p in self._engine.parameters().values() if p.grad is not None]
             if not any(bool(grad.any()) for grad in grads):
                 self._engine.discard()
@@ -132,12 +133,14 @@ class CurvatureModule(nn.Module):
         )
 
     def _arm(self) -> None:
-        """Decide whether the coming forward passes are tapped: the one bool that ``forward`` branches on."""
+        """Decide what the coming forward passes run: the one bool that ``forward`` branches on says whether a graph
+        runs in the module's place, ``_measured`` whether its taps deliver statistics."""
         engine = self._engine
         forced = engine.forced[STATISTICS] is True
         wanted = engine.wants_statistics or (engine.method.source.kind == "hessian" and engine.is_due(STATISTICS))
         wanted = wanted or engine.method.source.kind == "ggn_product"
-        self.__dict__["_tapped"] = bool(wanted and (self.training or forced))
+        self.__dict__["_measured"] = bool(wanted and (self.training or forced))
+        self.__dict__["_tapped"] = self._measured or (self.training and engine.keeps_rows)
 
     # A training step ------------------------------------------------------------------------------------------------
 
@@ -161,7 +164,7 @@ class CurvatureModule(nn.Module):
         if not torch.is_grad_enabled():
             return
         call = BackwardCall(loss, outputs, targets, mask, backward_kwargs, self._batches)
-        if not self._tapped:
+        if not self._measured:
             call.plain()
             return
         deliver(self._engine, call)
@@ -196,7 +199,7 @@ class CurvatureModule(nn.Module):
             raise FxcurvError("refresh=False in the first step would leave every factorisation empty.")
         engine.forced = {STATISTICS: statistics, REFRESH: refresh}
         self._arm()
-        return {"statistics": engine.is_due(STATISTICS), "refresh": engine.is_due(REFRESH)}
+        return {name: any(base_of(cadence) == name for cadence in engine.due()) for name in (STATISTICS, REFRESH)}
 
     @property
     def process_group(self) -> Any:
@@ -267,6 +270,8 @@ class CurvatureModule(nn.Module):
             role = states.by_key.get(f"{name}.{part}")
             if role is not None:
                 value = states.values[role].clone()
+                if value.dtype.itemsize == 2:  # kept as bfloat16 on request
+                    value = value.to(self._engine.dtype)
                 diagonal = type(states.types[role]).__name__ == "Diag" and value.shape[-1] <= limit
                 found[part] = torch.diag_embed(value) if diagonal else value
         return found

@@ -18,6 +18,7 @@ from fxcurv.runtime.newton import NEWTON, newton_step
 class CurvatureOptimizer(Optimizer):
     """Preconditions, then steps: v = momentum v + direction, p = p - lr (v + weight_decay p).
 
+    With ``nesterov``, direction + momentum v takes the place of v in the step, as in ``torch.optim.SGD``.
     Weight decay is decoupled: outside the preconditioner, the KL clip and the momentum (Zhang et al. 2018). ``info`` is
     the :class:`StepInfo` of the last step. A step whose gradients are not finite changes no parameter.
     """
@@ -70,7 +71,10 @@ class CurvatureOptimizer(Optimizer):
                 velocities.append(state["velocity"])
             torch._foreach_mul_(velocities, group["momentum"])
             torch._foreach_add_(velocities, directions)
-            directions = velocities
+            if group["nesterov"]:
+                directions = list(torch._foreach_add(directions, velocities, alpha=group["momentum"]))
+            else:
+                directions = velocities
         rate = float(group["lr"])
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1.0 - rate * group["weight_decay"])
@@ -82,6 +86,7 @@ def optimizer(
     lr: float | None = None,
     momentum: float | None = None,
     weight_decay: float | None = None,
+    nesterov: bool | None = None,
     **options: Any,
 ) -> CurvatureOptimizer:
     """The optimizer of a transformed model, with the method's defaults for what is not given.
@@ -95,12 +100,13 @@ def optimizer(
     extra = NEWTON if rule.kind == "newton" else {}
     unknown = sorted(set(options) - set(extra))
     if unknown:
-        known = ", ".join(("lr", "momentum", "weight_decay", *extra))
+        known = ", ".join(("lr", "momentum", "weight_decay", "nesterov", *extra))
         raise FxcurvError(f"the optimizer of '{engine.method.name}' has no option '{unknown[0]}'; it has {known}.")
     defaults = {
         "lr": engine.hyper.get("lr", 0.1) if lr is None else lr,
         "momentum": rule.momentum if momentum is None else momentum,
         "weight_decay": rule.weight_decay if weight_decay is None else weight_decay,
+        "nesterov": rule.nesterov if nesterov is None else bool(nesterov),
     }
     for name, value in defaults.items():
         if value < 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from jinja2 import Environment, FileSystemLoader
 
 from fxcurv.ir.program import STEP
 from fxcurv.kernels.registry import KERNELS, Kernel
+from fxcurv.kernels.triton.family import Specialised
 from fxcurv.passes.lower import Slice
+from fxcurv.passes.tap import BoundTap
 from fxcurv.runtime.describe import reachable
 from fxcurv.runtime.module import CurvatureModule
 
@@ -50,7 +53,7 @@ def update_page(module: CurvatureModule) -> str:
     slices = [lowered.slice(due) for due in reachable(lowered.program.cadences)]
     called = {node.name: lowered.kernels.get(node.name, "") for node in lowered.program.nodes}
     ops = {node.target.name for node in lowered.program.nodes if called[node.name].endswith("_reference")}
-    claimed = claiming(module)
+    claimed, own = claiming(module), generated_nodes(module)
     periods = ", ".join(f"{name} every {n}" for name, n in lowered.program.cadences.items() if name != STEP)
     lines = [
         f'"""The update program of {module._engine.method.name} as Python: a function for each set of due cadences.',
@@ -58,9 +61,14 @@ def update_page(module: CurvatureModule) -> str:
         f"Cadences: {periods or 'every step is alike'}. Inputs and outputs come in the order listed.",
         '"""',
         "",
+        *(["from pathlib import Path", ""] if own else []),
         "import fxcurv.ir.ops",
         "from fxcurv.ir.op import OPS",
     ]
+    lines += [f"from {f.__module__} import {f.__name__} as {name}" for name, f in variants(module).items()]
+    if own:
+        lines += ["from fxcurv.kernels.generator import launcher", "", '_FOLDER = Path(__file__).parent / "kernels"']
+        lines += [f'{name} = launcher(_FOLDER / "{kernel.source.name}.py")' for name, kernel in own.items()]
     if claimed:
         lines += ["from fxcurv.kernels.registry import KERNELS, load"]
         lines += ["", *(f"load({name!r})" for name in dict.fromkeys(kernel.backend for kernel in claimed))]
@@ -93,9 +101,37 @@ def claiming(module: CurvatureModule) -> list[Kernel]:
     return sorted(found, key=lambda kernel: (kernel.backend, kernel.name))
 
 
+def variants(module: CurvatureModule) -> dict[str, Callable[..., Any]]:
+    """Functions in the place of kernels and references (views, averages in place), by the names that slices call."""
+    lowered = module._engine.lowered
+    named = {name: lowered.functions[node] for node, name in lowered.kernels.items()}
+    return {name: function for name, function in sorted(named.items()) if name.endswith(("_view", "_into"))}
+
+
+def generated_nodes(module: CurvatureModule) -> dict[str, Specialised]:
+    """The generated kernels that run some node of the program, by the names under which its slices call them."""
+    lowered = module._engine.lowered
+    named = {name: lowered.functions[node] for node, name in lowered.kernels.items()}
+    return {name: function for name, function in sorted(named.items()) if isinstance(function, Specialised)}
+
+
+def generated(module: CurvatureModule) -> list[Specialised]:
+    """All generated kernels, those of the taps included, each source once and in the order of their names."""
+    found = list(generated_nodes(module).values())
+    tapped = module._engine.compilation.tapped
+    for graph in () if tapped is None else tapped.graphs:
+        for node in graph.graph.nodes:
+            if isinstance(node.target, BoundTap):
+                found += [kernel for _, kernel in node.target.spec.kernels if isinstance(kernel, Specialised)]
+    return [kernel for _, kernel in sorted({kernel.source.name: kernel for kernel in found}.items())]
+
+
 def kernel_pages(module: CurvatureModule) -> dict[str, str]:
-    """The source files of the kernels that claimed nodes, by path in the artifact."""
-    pages: dict[str, str] = {}
+    """The source files of the kernels that claimed nodes or run in taps, by path in the artifact.
+
+    A generated kernel has a file of its own, which stands alone.
+    """
+    pages = {f"kernels/{kernel.source.name}.py": kernel.source.text for kernel in generated(module)}
     for kernel in claiming(module):
         source = inspect.getmodule(kernel.run)
         if source is None:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxcurv.errors import FxcurvError, FxcurvWarning
+from fxcurv.layers.tap import asking
 from fxcurv.losses import Loss
 from fxcurv.methods.method import Source
-from fxcurv.runtime.statistics import Statistics
+from fxcurv.runtime.deferred import Found, Notes, reduce_together
+from fxcurv.runtime.statistics import Statistics, notes_behind
 
 MANY_COLUMNS = 64
 NOT_RECORDED = (
@@ -61,12 +64,16 @@ def run_columns(statistics: Statistics, outputs: Tensor, found: Iterator[Tensor]
 
     Raises :class:`FxcurvError` when no forward pass has made slots, or the graph contains reentrant checkpointing.
     """
+    notes = [one for one in notes_behind(outputs) if one.noted]
     for index, column in enumerate(found):
         slots = statistics.targets(first=index == 0)
         if not slots:
             raise FxcurvError(NOT_RECORDED)
         try:
-            torch.autograd.backward([outputs], [column], inputs=slots, retain_graph=True)
+            if notes:
+                ask(statistics, outputs, column, slots, notes, first=index == 0)
+            else:
+                torch.autograd.backward([outputs], [column], inputs=slots, retain_graph=True)
         except RuntimeError as error:
             if "heckpoint" in str(error):
                 raise FxcurvError(
@@ -74,10 +81,26 @@ def run_columns(statistics: Statistics, outputs: Tensor, found: Iterator[Tensor]
                     "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
                 ) from error
             raise
-        if index == 0 and all(slot.grad is None for slot in slots):  # they are leaves of another graph
+        if index == 0 and not statistics.plain:  # the slots are leaves of another graph
             raise FxcurvError(NOT_RECORDED)
         statistics.collect_rows()
     statistics.collect()
+
+
+def ask(
+    statistics: Statistics, outputs: Tensor, column: Tensor, slots: list[Tensor], notes: list[Notes], first: bool
+) -> None:
+    """Back-propagate one column into the slots, and to the outputs that deferred taps noted; reduce these."""
+    noted = [use for one in notes for use in one.noted]
+    edges = [edge for one in notes for edge in one.edges]
+    with asking(slots):
+        places: Any = [*slots, *edges]
+        given = torch.autograd.grad([outputs], places, [column], retain_graph=True, allow_unused=True)
+    for slot, gradient in zip(slots, given, strict=False):
+        if gradient is not None:
+            slot.grad = gradient if slot.grad is None else slot.grad + gradient
+    pairs = zip(noted, given[len(slots) :], strict=True)
+    reduce_together([Found(use, g) for use, g in pairs if g is not None], statistics.deliver, input_side=first)
 
 
 def weight(source: Source, loss: Loss | None, terms: float, scale: float) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.program import Program, Role
 from fxcurv.ir.types import Type
+from fxcurv.runtime.values import Values
 
 
 class States:
@@ -21,7 +22,7 @@ class States:
 
     def __init__(self, program: Program, device_of: Callable[[str], torch.device]) -> None:
         self.types: dict[Role, Type] = {}
-        self.values: dict[Role, Tensor] = {}
+        self.values = Values()
         for role, node in program.inputs("state").items():
             self.types[role] = node.meta["type"]
             self.values[role] = initial(role, node.meta["type"], device_of((node.meta["owner"] or ("",))[0]))
@@ -31,7 +32,7 @@ class States:
         """An independent copy."""
         other = object.__new__(States)
         other.types, other.by_key = self.types, self.by_key
-        other.values = {role: value.clone() for role, value in self.values.items()}
+        other.values = self.values.clone()
         return other
 
     def read(self, key: str) -> Tensor:
@@ -49,10 +50,13 @@ class States:
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow a ``module.to``: states change device, never dtype."""
-        for role, value in self.values.items():
+
+        def moved(value: Tensor) -> Tensor:
             device = fn(value.new_empty(0)).device
             from_meta = value.is_meta and device.type != "meta"  # as by ``to_empty``: there is nothing to copy
-            self.values[role] = torch.zeros_like(value, device=device) if from_meta else value.to(device)
+            return torch.zeros_like(value, device=device) if from_meta else value.to(device)
+
+        self.values.change(moved)
 
     def check(self, entries: Mapping[str, Tensor]) -> dict[Role, Tensor]:
         """Values by role from saved entries; raises :class:`FxcurvError` on a wrong shape or unequal shared copies."""

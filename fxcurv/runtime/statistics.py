@@ -21,6 +21,8 @@ from fxcurv.ir.types import Type
 from fxcurv.layers.tap import wanted_slots
 from fxcurv.losses import Loss
 from fxcurv.passes.tap import Slot
+from fxcurv.runtime.deferred import Arrivals, Notes
+from fxcurv.runtime.stacks import Stacks
 
 TERMS = "terms"
 
@@ -34,8 +36,13 @@ class Statistics:
     def __init__(self, types: dict[str, Type]) -> None:
         self.types = types
         self.slots: dict[tuple[str, torch.device], Tensor] = {}
+        self.latest: dict[str, Tensor] = {}
+        self.ready: dict[Any, tuple[Any, list[Any]]] = {}
+        self.arrivals = Arrivals(self.deliver)
         self.fresh: list[tuple[str, Tensor]] = []
         self.sums: dict[str, Tensor] = {}
+        self.pending = Stacks()
+        self.stacks = Stacks()
         self.rows: dict[str, list[Tensor]] = {}
         self.terms: Tensor | float = 0.0
         self.collected = False
@@ -51,7 +58,15 @@ class Statistics:
         key = (slot.key, device)
         if key not in self.slots:
             self.slots[key] = leaf(slot.shape, slot.dtype, device)
-        return self.slots[key]
+        found = self.slots[key]
+        if self.latest.get(slot.key) is not found:
+            self.latest[slot.key] = found
+        return found
+
+    def deliver(self, keys: tuple[str, ...], value: Tensor) -> None:
+        """Take what deferred taps have measured: statistics of one type in a stack."""
+        type_ = self.types[keys[0]]
+        self.pending.add(keys, value.to(type_.dtype).reshape(len(keys), *type_.shape))  # type: ignore[arg-type]
 
     def terms_slot(self, device: torch.device, index: int = 0) -> Tensor:
         """The slot that counts loss terms at one of the model's outputs."""
@@ -68,6 +83,8 @@ class Statistics:
     @property
     def plain(self) -> bool:
         """Whether a backward pass that nobody collected from has filled slots."""
+        if self.pending:
+            return True
         return any(s.grad is not None for s in self.slots.values()) or any(s.grad is not None for _, s in self.fresh)
 
     def targets(self, first: bool) -> list[Tensor]:
@@ -87,6 +104,7 @@ class Statistics:
                 known = self.sums.get(key)
                 self.sums[key] = slot.grad if known is None else known + slot.grad.to(known.device)
             slot.grad = None
+        self.stacks.take(self.pending)
         self.collect_rows()
         self.collected = True
 
@@ -115,12 +133,14 @@ class Statistics:
         """Drop what a plain gradient pass left in the slots after a collected one."""
         for slot in self.slots.values():
             slot.grad = None
+        self.pending.clear()
         self.fresh.clear()
 
     def discard(self) -> None:
         """Drop everything."""
         self.forget_slots()
         self.sums.clear()
+        self.stacks.clear()
         self.rows.clear()
         self.terms, self.collected = 0.0, False
 
@@ -139,10 +159,18 @@ class Statistics:
                     "and micro-batch the same number."
                 )
             return torch.cat([rows.to(device) for rows in self.rows[key]])
+        found = self.stacks.rows(key)
         if key in self.sums:
-            return self.sums[key].to(device)
+            found.append(self.sums[key])
+        if found:
+            return sum((other.to(device) for other in found[1:]), found[0].to(device))
         shape = tuple(1 if size is None and i else (size or 0) for i, size in enumerate(type_.shape))
         return torch.zeros(shape, dtype=type_.dtype, device=device)
+
+    def together(self, keys: tuple[str, ...], device: torch.device) -> Tensor:
+        """The statistics of these keys in a stack: as it was measured, or put together now."""
+        found = None if self.rows else self.stacks.only(keys, self.sums)
+        return torch.stack([self.value(key, device) for key in keys]) if found is None else found.to(device)
 
 
 def leaf(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -161,17 +189,51 @@ def _reads_g(key: str) -> bool:
 
 
 class OutputTap(torch.autograd.Function):
-    """The identity on a model output; its backward leaves the number of loss terms in a slot."""
+    """The identity on a model output; its backward leaves the number of loss terms in a slot.
+
+    terms: their number as far as the output tells; loss: asked again when the gradient is there.
+    """
 
     @staticmethod
-    def forward(ctx: Any, terms: Tensor, output: Tensor, slot: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, terms: Tensor, output: Tensor, slot: Tensor, notes: Notes | None = None, loss: Loss | None = None
+    ) -> Tensor:
         ctx.save_for_backward(terms)
+        ctx.notes, ctx.loss = notes, loss
         return output.detach()
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (terms,) = ctx.saved_tensors
-        return None, g, terms.clone() if wanted_slots(ctx, 1)[0] else None
+        if not wanted_slots(ctx, 1)[0]:
+            return None, g, None, None, None
+        count = None
+        if ctx.loss is not None:
+            with suppress(FxcurvError):  # an output that the loss cannot read
+                count = ctx.loss.count_behind(g.detach())
+        return None, g, terms.clone() if count is None else count, None, None
+
+
+def _is_output_tap(node: Any) -> bool:
+    return isinstance(node, OutputTap._backward_cls)  # type: ignore[attr-defined]
+
+
+def notes_behind(outputs: Tensor) -> list[Notes]:
+    """What the forward passes behind ``outputs`` noted for deferred statistics, each once."""
+    found: dict[Notes, None] = {}
+    stack: list[Any] = [outputs.grad_fn]
+    seen: set[Any] = set()
+    while stack:
+        node: Any = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if not _is_output_tap(node):
+            stack += [following for following, _ in node.next_functions]
+        elif node.notes is not None and node.notes not in found:
+            found[node.notes] = None
+            stack += node.notes.before
+    return list(found)
 
 
 def count_terms(loss: Loss | None, output: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from fxcurv.runtime.prove import PROOFS, ProofFailed, prove_transform
 
 WORTH = 0.05  # of the elements: from there on a second capture is worth its time
 ON_NONFINITE = ("gradient", "raise")
+STALE = ("full", "packed", "bf16", "packed,bf16")
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -43,6 +44,9 @@ def transform(
     skip: Sequence[str] | str | None = None,
     strict: bool = False,
     fused: Mapping[str, int] | None = None,
+    weight_gradients: bool = True,
+    stagger: bool = False,
+    stale: str = "full",
     proofs: Iterable[str] | bool = True,
     on_nonfinite: str = "gradient",
     dump_failures: str | os.PathLike[str] | None = None,
@@ -61,6 +65,12 @@ def transform(
     captures the model and passes the proofs. backend: "auto", "aten" or "reference" kernels. layers, skip: fnmatch
     patterns on layer names or kinds. fused: patterns on layer names with the number of equal parts into which such a
     layer's outputs are divided, each a layer of its own ({"*.qkv": 3}). strict: an uncovered parameter is an error.
+    weight_gradients: False leaves out of the backward pass the weight gradients of linear layers for which it takes
+    less to precondition their rows (batches smaller than layers are wide); their ``.grad`` is ``None`` until the step
+    fills in the direction, so nothing in between (gradient clipping, a GradScaler) can use it.
+    stagger: True refreshes layers in turn, each every ``solve_every`` steps, so that no step does all of the work.
+    stale: how factorisations are kept between refreshes: "full", "packed" (one triangle of symmetric ones, exactly),
+    "bf16" (all of them in half the bits) or "packed,bf16".
     proofs: all, none or some of "coverage", "gradient", "output". on_nonfinite: "gradient" (a layer with a bad update
     keeps its gradient) or "raise". dump_failures: a folder for the matrices of failed factorisations. passes, disable,
     check, fuel: the pipeline, passes left out by name, "none"/"types"/"numeric" checking and a limit on rewrites.
@@ -71,6 +81,8 @@ def transform(
     unknown = sorted(set(disable) - {step.name for step in passes})
     if unknown:
         raise FxcurvError(f"there is no pass '{unknown[0]}' to disable; there are {', '.join(p.name for p in passes)}.")
+    if stale not in STALE:
+        raise FxcurvError(f"stale='{stale}' must be one of {', '.join(STALE)}.")
     if on_nonfinite not in ON_NONFINITE:
         raise FxcurvError(f"on_nonfinite='{on_nonfinite}' must be one of {', '.join(ON_NONFINITE)}.")
     chosen, loss_object = get_method(method, **hyper), resolve_loss(loss)
@@ -95,6 +107,10 @@ def transform(
     options: dict[str, Any] = {"call": call, "layers": layers, "skip": skip, "backend": backend}
     options["empirical_by_default"] = by_default
     options["fused"] = None if fused is None else dict(fused)
+    options["weight_gradients"] = bool(weight_gradients)
+    options["on_nonfinite"] = on_nonfinite
+    options["stagger"] = bool(stagger)
+    options["stale"] = stale
     options["dump_failures"] = dump_failures
     options["request"] = {  # what an artifact needs to ask for the same again
         "method": method if isinstance(method, str) else None,
@@ -104,6 +120,9 @@ def transform(
         "layers": layers,
         "skip": skip,
         "fused": options["fused"],
+        "weight_gradients": options["weight_gradients"],
+        "stagger": options["stagger"],
+        "stale": options["stale"],
         "on_nonfinite": on_nonfinite,
         "disable": sorted(set(disable)),
         "example": pack_example(example_inputs, example_kwargs),
@@ -116,7 +135,7 @@ def transform(
         compilation = Compilation(model=model, captured=captured, method=chosen, fuel=fuel, check=check)
         compilation.options.update(options)
         # A method that reads gradients only needs no forward graph.
-        run_passes(compilation, passes, {*disable, *(("detect", "tap") if captured is None else ())})
+        run_passes(compilation, passes, {*disable, *(("detect", "order", "tap") if captured is None else ())})
         if compilation.lowered is None:
             raise FxcurvError("the passes end without 'lower', so there is nothing to run.")
         return compilation

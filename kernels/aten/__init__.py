@@ -4,6 +4,6 @@ Importing this package registers them. Each is right on every device; where a va
 looks at the device itself. ``kron_apply`` has none on purpose: both orders of its products take o i (o + i) steps.
 """
 
-from fxcurv.kernels.aten import finite, gram, inverse, moments, tracking
+from fxcurv.kernels.aten import batched, finite, gram, inverse, moments, order, tracking
 
-__all__ = ["finite", "gram", "inverse", "moments", "tracking"]
+__all__ = ["batched", "finite", "gram", "inverse", "moments", "order", "tracking"]

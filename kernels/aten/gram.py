@@ -8,24 +8,14 @@ import torch
 from torch import Tensor
 
 from fxcurv.ir.ops.rules import accumulator
+from fxcurv.kernels.aten.triangle import add_product
 from fxcurv.kernels.registry import Kernel, register
-
-BLOCK = 128
-"""Columns of a slab. Below two slabs, or with few rows, one product over the whole square is faster."""
 
 
 def run(rows: Tensor) -> Tensor:
     """``gram`` of Rows (b, s, 1, d): slabs of the lower triangle, mirrored."""
     x = rows.to(accumulator(rows.dtype)).flatten(0, 2)
-    n, d = x.shape
-    if d < 2 * BLOCK or n < 2 * BLOCK or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return x.mT @ x
-    result = x.new_empty(d, d)
-    for start in range(0, d, BLOCK):
-        stop = min(start + BLOCK, d)
-        torch.mm(x[:, start:stop].mT, x[:, :stop], out=result[start:stop, :stop])
-        result[:start, start:stop] = result[start:stop, :start].mT
-    return result
+    return x.mT @ x if torch.compiler.is_compiling() else add_product(x.mT, None)
 
 
 def when(result: Any, rows: Any) -> bool:

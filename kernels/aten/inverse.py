@@ -16,16 +16,18 @@ from fxcurv.kernels.registry import Kernel, register
 def run(A: Tensor, damping: Any, diagonal: bool = False) -> Tensor:
     """``inverse`` of a Psd: the factor is inverted in place of solving d right-hand sides, two thirds of the steps.
 
-    ``cholesky_inverse`` waits for a GPU to report its failure, so there the reference runs.
+    ``cholesky_inverse`` waits for a GPU to report its failure, so there the reference runs. Here a look at the flags
+    costs nothing, and with all of them good no matrix is walked over once more.
     """
     if A.device.type != "cpu":
         return OPS["inverse"].reference(A, damping)  # type: ignore[no-any-return]
     factor, info = torch.linalg.cholesky_ex(shifted(A, damping))
     usable = (info == 0) & torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all(dim=-1)
+    if not torch.compiler.is_compiling() and bool(usable.all()):
+        return torch.cholesky_inverse(factor).mT.contiguous()  # stored by columns, and symmetric: a view
     keep = usable[..., None, None]
     factor = torch.where(keep, factor, 1.0)  # potri raises on a zero pivot
-    inverse = torch.cholesky_inverse(factor).mT  # LAPACK's result is stored by columns; it is symmetric
-    return torch.where(keep, inverse, NAN).contiguous()
+    return torch.where(keep, torch.cholesky_inverse(factor).mT, NAN).contiguous()
 
 
 def when(result: Any, A: Any, damping: Any, diagonal: bool = False) -> bool:

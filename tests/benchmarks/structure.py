@@ -1,6 +1,6 @@
 """What the structure costs: off-steps against the plain model, ``transform``, and the passes. Prints one table.
 
-    python tests/benchmarks/structure.py [overhead] [transform] [passes]
+    python tests/benchmarks/structure.py [overhead] [transform] [passes] [warm]
 
 Timings of the two sides of a comparison are interleaved, so that a busy machine slows both, and are reported as the
 median of the pairwise ratios. Nothing is asserted here; the limits that the structure is held to stand beside the
@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,9 @@ sys.path.insert(0, str(ROOT))  # so that the script runs from a checkout as it i
 
 import fxcurv  # noqa: E402
 from fxcurv.capture import Call, capture  # noqa: E402
+
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+from workloads import workload  # noqa: E402
 
 Row = tuple[str, str, str]
 NEVER = 10**6  # a cadence that is due in the first step only
@@ -152,13 +156,47 @@ def transforming() -> Iterator[Row]:
         capturing = seconds(lambda: capture(net, Call.default(net), "symbolic"))
         spent.append(seconds(lambda: fxcurv.transform(net, "kfac", loss="cross_entropy")) - capturing)
     yield "transform beyond capture, ResNet-50 (symbolic)", f"{min(spent):.2f} s", "under 2 s"
-    fxcurv.transform(chain(10), "kfac", loss="cross_entropy")
-    for depth in (10, 30, 100, 300, 1000):
-        taken = min(
-            seconds(lambda depth=depth: fxcurv.transform(chain(depth), "kfac", loss="cross_entropy"))
-            for _ in range(3 if depth < 1000 else 1)
-        )
-        yield f"transform, {depth} layers", f"{taken:.3f} s, {1e3 * taken / depth:.2f} ms a layer", "linear"
+    for method in ("kfac", "ekfac"):
+        fxcurv.transform(chain(10), method, loss="cross_entropy")
+        for depth in (10, 30, 100, 300, 1000):
+            runs = [_transformed(depth, method) for _ in range(3 if depth < 300 else 1)]
+            taken, spent = min(runs, key=lambda run: run[0])
+            dearest = sorted(spent, key=lambda name: -spent[name])[:3]
+            shown = ", ".join(f"{name} {1e3 * spent[name] / depth:.2f}" for name in dearest)
+            found = f"{taken:.3f} s, {1e3 * taken / depth:.2f} ms a layer ({shown})"
+            yield f"transform, {method}, {depth} layers", found, "linear"
+
+
+def _transformed(depth: int, method: str) -> tuple[float, dict[str, float]]:
+    """Seconds of a transform, and of each of its passes."""
+    net = chain(depth)
+    start = time.perf_counter()
+    model = fxcurv.transform(net, method, loss="cross_entropy")
+    return time.perf_counter() - start, {record.name: record.seconds for record in model.history}
+
+
+def warming() -> Iterator[Row]:
+    """Loading a compiled folder onto a model, and the first step's forward, beyond imports."""
+    cases = {
+        "MNIST autoencoder": (workload("W1").build(), torch.randn(64, 784), "mse"),
+        "ResNet-20": (workload("W2").build(), torch.randn(64, 3, 32, 32), "cross_entropy"),
+    }
+    for name, (net, x, loss) in cases.items():
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "compiled"
+            fxcurv.save(fxcurv.transform(copy.deepcopy(net), "kfac", example_inputs=(x,), loss=loss), target)
+            runs = []
+            for _ in range(3):
+                fresh = copy.deepcopy(net)
+                start = time.perf_counter()
+                model = fxcurv.load(target, fresh)
+                loaded = time.perf_counter() - start
+                plain = seconds(lambda fresh=fresh, x=x: fresh(x))
+                first = seconds(lambda model=model, x=x: model(x))
+                runs.append((loaded, first, plain))
+            loaded, first, plain = min(runs)
+            shown = f"{loaded:.2f} s, then a first forward of {1e3 * first:.0f} ms (plain {1e3 * plain:.0f} ms)"
+            yield f"loading a compiled {name}", shown, "under 1 s"
 
 
 def passing() -> Iterator[Row]:
@@ -172,7 +210,12 @@ def passing() -> Iterator[Row]:
         yield f"pipeline of {method}, 200 layers, {nodes} nodes", f"{min(runs):.2f} s", "under 1 s"
 
 
-PARTS: dict[str, Callable[[], Iterator[Row]]] = {"overhead": overhead, "transform": transforming, "passes": passing}
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {
+    "overhead": overhead,
+    "transform": transforming,
+    "passes": passing,
+    "warm": warming,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

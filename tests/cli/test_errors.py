@@ -92,7 +92,7 @@ def test_a_wrong_option(
         (("compile", "nowhere.py"), "there is no file 'nowhere.py'"),
         (("compile", "{file}:other"), "has no 'other'; define"),
         (("inspect", "{file}", "--graph", "all"), "--graph all: choose one of forward, program, both"),
-        (("inspect", "{file}", "--after", "fuse"), "no pass 'fuse' ran here"),
+        (("inspect", "{file}", "--after", "melt"), "no pass 'melt' ran here"),
         (("inspect", "{folder}"), "is not an fxcurv artifact: it has no report.json"),
         (("inspect", "nowhere.fxc"), "'nowhere.fxc' cannot be read: No such file or directory"),
         (("opt", "{folder}/bad.fxc"), "bad.fxc, line 1: a node reads: %name : Type = op(operands)"),

@@ -53,6 +53,8 @@ CASES: dict[str, Case] = {
     "micro-mc": Case("conv", options={**OFTEN, "fisher": "mc"}, micro=2),
     "micro-empirical": Case(options={**OFTEN, "fisher": "empirical"}, micro=3),
     "micro-plain": Case(options={**OFTEN, "fisher": "empirical"}, micro=2, plain=True),
+    "deep-micro": Case("deep", options={**OFTEN, "fisher": "empirical"}, micro=2, plain=True),
+    "deep-ragged": Case("deep", options={**OFTEN, "fisher": "empirical"}, sizes=RAGGED, ddp=None),
     "ragged-mc": Case(options={**OFTEN, "fisher": "mc"}, sizes=RAGGED, ddp=None),
     "ragged-empirical": Case(options={**OFTEN, "fisher": "empirical"}, sizes=RAGGED, ddp=None),
     "ragged-ignored": Case(options={**OFTEN, "fisher": "empirical"}, sizes=RAGGED, ddp=None, ignored=True),
@@ -64,7 +66,7 @@ CASES: dict[str, Case] = {
     "rows-ragged": Case(
         "tokens", options={**OFTEN, "fisher": "empirical", "disable": ("sink",)}, sizes=RAGGED, ddp=None
     ),
-    **{f"ekfac-{net}": Case(net, "ekfac", {"solve_every": 2}) for net in ("mlp", "conv", "tokens")},
+    **{f"ekfac-{net}": Case(net, "ekfac", {"solve_every": 2}) for net in ("mlp", "deep", "conv", "tokens")},
     **{f"{method}-conv": Case("conv", method) for method in ("foof", "diag", "shampoo", "adam")},
     "ekfac-recurrent": Case("recurrent", "ekfac", {"solve_every": 2, "fisher": "empirical"}),
     "kfac_rnn-recurrent": Case("recurrent", "kfac_rnn"),

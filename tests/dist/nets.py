@@ -153,8 +153,15 @@ def tokens(n: int, length: int) -> Tensor:
     return torch.randint(0, 7, (n, length))
 
 
+def deep() -> nn.Module:
+    """Enough equal layers to be computed as one, and a head."""
+    layers = [module for _ in range(4) for module in (nn.Linear(5, 5), nn.Tanh())]
+    return nn.Sequential(*layers, nn.Linear(5, CLASSES))
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor], tuple[int, ...]]] = {
     "mlp": (mlp, positions, (5,)),
+    "deep": (deep, positions, (5,)),
     "conv": (conv, positions, (2, 4, 4)),
     "batch_norm": (frozen_batch_norm, positions, (5,)),
     "tokens": (lambda: Tokens(tied=False), tokens, (3,)),

@@ -9,7 +9,7 @@ import torch
 
 import fxcurv.ir.ops  # noqa: F401  (registers the ops)
 from fxcurv.ir.op import OPS, Op, Trait
-from fxcurv.ir.types import Diag, Mat, Orth, Psd, Rows, Scalar, Tensor, Type, Vec
+from fxcurv.ir.types import Diag, Mat, Orth, Packed, Psd, Rows, Scalar, Tensor, Type, Vec
 
 PURE = [
     op for op in OPS.values() if op.reference.__module__.startswith("fxcurv.ir.ops.") and Trait.ORACLE not in op.traits
@@ -41,9 +41,17 @@ def with_trait(trait: Trait) -> list[Any]:
 
 
 ROWS = {"mean_positions", "sum_positions", "gram", "diag_gram", "row_sum", "count", "grad_square", "grad_gram"}
-ROWS |= {"lagged_gram", "examples"}
+ROWS |= {"lagged_gram", "examples", "row_kernel"}
 FACTOR = {"inverse", "border", "eigh", "inverse_root", "mean_diagonal", "pi_split"}
 MATRIX = {"kron_apply", "rotate", "rotate_back", "right_apply", "unit_apply"}
+RANK1: dict[str, tuple[Any, ...]] = {
+    "rank1_update": (Psd, Vec, Scalar, bool),
+    "stabilize": (Psd, Scalar, Scalar),
+    "rank1_apply": (Mat, Vec, Vec, Scalar),
+    "rank1_right_apply": (Mat, Vec, Scalar),
+    "newton_root": (Psd, int, Scalar, int),
+    "newton_schulz": (Mat, int),
+}
 NORMAL_FORM = {"tensorize", "append_column", "weight_columns", "last_column"}
 
 
@@ -81,20 +89,43 @@ def typed(name: str, operands: tuple[Any, ...]) -> list[Any]:
         V, *sides = operands
         cls = Orth if name.startswith("rotate") else Psd
         return [of(Mat, V), *(square(M, V.ndim, cls) for M in sides)]
+    if name in ("row_product", "sides_rows"):
+        rows = [of(Rows, x) for x in operands[:2]]
+        return [*rows, *(tree(x, lambda t: of(Vec if t.ndim == 1 else Psd, t)) for x in operands[2:])]
     if name in ("chain_modes", "symmetric_chain_modes"):
         return [of(cls, x) for cls, x in zip((Psd, Mat, Scalar), operands, strict=True)]
     if name in ("chain_gain", "finite_chain_gain"):
         return [of(cls, x) for cls, x in zip((Vec, Vec, Scalar), operands, strict=False)]
     if name in ("sides_apply", "sides_apply_transposed"):
         return [of(Mat, x) for x in operands]
+    if name == "pointwise":
+        xs, steps, kept = operands
+        dims = max(x.ndim for x in xs)
+        return [[plain(x) if x.ndim == dims else of(Scalar, x) for x in xs], steps, kept]
+    if name in RANK1:
+        classes = RANK1[name]
+        return [of(c, x) if isinstance(x, torch.Tensor) else x for c, x in zip(classes, operands, strict=False)]
+    if name in ("unstack", "dot_each", "finite_each", "last_column_each"):
+        cls = Mat if name == "last_column_each" else Tensor
+        return [tree(x, lambda t: of(cls, t)) for x in operands]
+    if name == "mode_apply_each":
+        return [plain(operands[0]), square(operands[1], 3, Psd), operands[2]]
     if name == "mode_apply":
         return [plain(operands[0]), square(operands[1], 2, Psd), operands[2]]
     if name in NORMAL_FORM:
         return [of(Mat, operands[0]), *(plain(x) if isinstance(x, torch.Tensor) else x for x in operands[1:])]
     if name in ("ema_weight", "tick", "outer"):
         return [of(Vec if name == "outer" else Scalar, x) for x in operands]
-    if name in ("ema", "moving"):
-        return [plain(operands[0]), plain(operands[1]), of(Scalar, operands[2])]
+    if name in ("ema", "moving", "ema_scaled", "ema_mean"):
+        return [plain(operands[0]), plain(operands[1]), *(of(Scalar, x) for x in operands[2:])]
+    if name in ("gram_ema_mean", "gram_ema_scaled"):
+        return [of(cls, x) for cls, x in zip((Psd, Rows, Scalar, Scalar), operands, strict=True)]
+    if name in ("diagonal", "pack_triangle", "track_basis"):
+        return [of(cls, x) for cls, x in zip((Psd, Orth), operands, strict=False)]
+    if name == "unpack_triangle":
+        return [of(Packed, operands[0])]
+    if name == "cast":
+        return [plain(operands[0]), operands[1]]
     if name in ("mean", "scale", "bias_correct"):
         return [plain(operands[0]), *(of(Scalar, x) for x in operands[1:])]
     if name in ("add", "sub", "mul", "div") and operands[0].ndim != operands[1].ndim:

@@ -86,3 +86,15 @@ def test_refusals(scratch: None) -> None:
     register(kernel("neg", "twice"))
     with pytest.raises(FxcurvError, match="another name"):
         register(kernel("neg", "twice"))
+
+
+def test_triton_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.load.cache_clear()
+    monkeypatch.setattr(registry, "find_spec", lambda name: None if name == "triton" else find_spec(name))
+    psd = Psd((5, 5))
+    with pytest.raises(FxcurvError, match="'triton' cannot be used here: install the package triton, or use 'auto'"):
+        select("inverse", psd, [psd, 0.1], "triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    chosen = select("inverse", psd, [psd, 0.1], "auto")
+    assert chosen is not None and chosen.backend == "aten"
+    registry.load.cache_clear()

@@ -243,3 +243,22 @@ def test_training_lowers_the_loss(kind: str) -> None:
     assert torch.equal(net.rnn.weight_hh_l0, before)
     model.eval()
     torch.testing.assert_close(model(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "measured"), [("LSTM", 1), ("RNN", 1), ("GRU", 2)])
+def test_one_gradient_of_two_products_is_measured_once(kind: str, measured: int) -> None:
+    """Both products are added up, in a GRU only after the reset gate has met one of them."""
+    x, y = torch.randn(6, 5, 3), torch.randint(3, (6,))
+    for options, count in (({}, measured), ({"layers": "*hh*"}, 1)):
+        net = Classifier(kind)
+        model = fxcurv.transform(net, example_inputs=(x,), **FACTORS, **options)
+        keys = [slot.key for slot in model.graph.slots]
+        assert len([key for key in keys if key.startswith("gram(rnn.weight") and key.endswith(".g)")]) == count
+        F.cross_entropy(model(x), y).backward()
+        model.precondition_()
+        gates = model.factors("rnn.weight_hh_l0")["G"]
+        alone = fxcurv.transform(copy.deepcopy(net), example_inputs=(x,), layers="*hh*", **FACTORS)
+        F.cross_entropy(alone(x), y).backward()
+        alone.precondition_()
+        assert torch.allclose(gates, alone.factors("rnn.weight_hh_l0")["G"], rtol=1e-12, atol=1e-15)
+        assert gates.abs().max() > 0

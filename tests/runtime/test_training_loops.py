@@ -216,3 +216,56 @@ def test_torchs_lbfgs_sees_the_plain_gradient() -> None:
             opt.step(closure)
         ends.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["classes last", "classes second"])
+def test_terms_of_a_plain_backward_pass_in_either_layout(layout: str) -> None:
+    """The gradient at the model's output tells which axis the classes are on."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read = nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.read(x)
+            return y if layout == "classes last" else y.transpose(1, 2)
+
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(3, 7, 4, generator=draw), torch.randint(5, (3, 7), generator=draw)
+    torch.manual_seed(0)
+    model = fxcurv.transform(
+        Tokens(), "kfac", example_inputs=(x,), loss="cross_entropy", fisher="empirical", ema=0.0, kl_clip=None
+    )
+    out = model(x)
+    flat = out if layout == "classes last" else out.transpose(1, 2)
+    g = torch.softmax(flat.detach(), -1) - nn.functional.one_hot(y, 5)
+    nn.functional.cross_entropy(flat.reshape(-1, 5), y.flatten()).backward()
+    info = model.precondition_()
+    assert info.terms == 21
+    torch.testing.assert_close(model.factors("read")["G"], torch.einsum("bsi,bsj->ij", g, g) / 21)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_our_momentum_is_that_of_torch(nesterov: bool) -> None:
+    def run(ours: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+        model = fxcurv.transform(net, "kfac", loss="cross_entropy", lr=0.1, nesterov=nesterov)
+        if ours:
+            opt: torch.optim.Optimizer = fxcurv.optimizer(model, momentum=0.8)
+        else:
+            opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.8, nesterov=nesterov)
+        x, y = torch.randn(5, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 0, 1])
+        for _ in range(4):
+            opt.zero_grad()
+            out = model(x)
+            loss = F.cross_entropy(out, y)
+            model.backward(loss, out)
+            if not ours:
+                model.precondition_()
+            opt.step()
+        return list(model.parameters())
+
+    for mine, theirs in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(mine, theirs)

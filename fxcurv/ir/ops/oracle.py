@@ -22,8 +22,14 @@ _ORACLE = frozenset({Trait.ORACLE})
 
 def _signs(like: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:
     """Independent random signs in the shape of ``like``: a pure function of (seed, step, stream) and position."""
-    drawn = sampling.signs((int(seed), int(step), stream), 1, like.numel(), device=like.device, dtype=like.dtype)
+    key = [number if _stays_on_device(number) else int(number) for number in (seed, step)]
+    drawn = sampling.signs((*key, stream), 1, like.numel(), device=like.device, dtype=like.dtype)
     return drawn.reshape(like.shape)
+
+
+def _stays_on_device(number: Tensor) -> bool:
+    """Whether reading a number would wait for a device, or end a graph; on the CPU an integer's hash is cheaper."""
+    return number.device.type != "cpu" or torch.compiler.is_compiling()
 
 
 def _signs_fake(like: Tensor, seed: Tensor, step: Tensor, stream: int) -> Tensor:

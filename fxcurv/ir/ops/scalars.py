@@ -69,13 +69,15 @@ norm = Op(
 def _clip_kl(dots: Sequence[Tensor], lr: Tensor, kappa: Tensor) -> Tensor:
     """nu = min(1, sqrt(kappa / (lr^2 sum dots))): one factor for all layers that keeps lr^2 u^T F u below kappa.
 
-    dots: Scalars <u, grad>, one a layer; one that is not finite counts as 0, and a sum <= 0 gives 1. lr, kappa: numbers
-    or Scalars. Ba, Grosse & Martens 2017 (distributed K-FAC); the Scalar has the common dtype of ``dots``.
+    dots: Scalars <u, grad>, one a layer, or stacks of them; one that is not finite counts as 0, and a sum <= 0 gives 1.
+    lr, kappa: numbers or Scalars. Ba, Grosse & Martens 2017 (distributed K-FAC); the Scalar has the common dtype of
+    ``dots``.
     """
     dtype = dots[0].dtype
     for one in dots[1:]:
         dtype = torch.promote_types(dtype, one.dtype)
-    total = torch.stack([torch.where(torch.isfinite(one), one, 0.0).to(dtype) for one in dots]).sum()
+    joint = torch.cat([one.reshape(-1).to(dtype) for one in dots])
+    total = torch.where(torch.isfinite(joint), joint, 0.0).sum()
     lr = torch.as_tensor(lr, dtype=dtype, device=total.device)
     kappa = torch.as_tensor(kappa, dtype=dtype, device=total.device)
     change = lr.square() * total
@@ -91,7 +93,7 @@ def _need_list(name: str, operand: str, given: Any) -> None:
 def _infer_clip_kl(dots: Sequence[Type], lr: Any, kappa: Any) -> Type:
     _need_list("clip_kl", "dots", dots)
     for one in dots:
-        need_shape("clip_kl", "dots", need("clip_kl", "dots", one, Scalar), ())
+        need("clip_kl", "dots", one, Scalar)
     need_scalar("clip_kl", "lr", lr)
     need_scalar("clip_kl", "kappa", kappa)
     return Scalar((), promote(*dots))

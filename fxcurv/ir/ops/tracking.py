@@ -87,6 +87,7 @@ ema_weight = Op(
     _infer_ema_weight,
     _ema_weight_samples,
     flops=lambda *operands: 3,
+    traits=STACKABLE,
 )
 
 
@@ -108,6 +109,7 @@ tick = Op(
     _infer_tick,
     lambda: (sample[:2] for sample in _ema_weight_samples()),
     flops=lambda *operands: 1,
+    traits=STACKABLE,
 )
 
 
@@ -178,7 +180,7 @@ def _bias_correct(x: Tensor, beta: Tensor, k: Tensor) -> Tensor:
 def _infer_bias_correct(x: Type, beta: Any, k: Any) -> Type:
     need("bias_correct", "x", x, Type)
     need_scalar("bias_correct", "beta", beta, ())
-    need_scalar("bias_correct", "k", k, ())
+    need_scalar("bias_correct", "k", k, x.shape)
     return x
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxcurv.layers.layer import SUMMANDS
 from fxcurv.layers.recurrence.operators import by_step, live_rows, operator
 from fxcurv.layers.recurrence.products import once, thread
 from fxcurv.layers.recurrence.sequence import shown
@@ -167,3 +168,6 @@ def lstm_adjoint(zx: Tensor, zh: Tensor, zr: Tensor | None, h0: Tensor, c0: Tens
     """
     result: tuple[Tensor, ...] = _Adjoint.apply(thread(zx, zh, zr, h0, c0), zx, zh, zr, h0, c0, *known)
     return result
+
+
+SUMMANDS[lstm_adjoint] = (0, 1)

@@ -37,6 +37,14 @@ class SequenceForm(LinearForm):
         """See :meth:`Form.rows_g`; g (T, B, d_out)."""
         return g.transpose(0, 1).unsqueeze(2)
 
+    def loose_rows_a(self, x: Tensor, *aux: Tensor) -> Tensor | None:
+        """See :meth:`Form.loose_rows_a`: in the order in which they lie in memory."""
+        return None if aux or self.scale != 1.0 else x.unsqueeze(2)
+
+    def loose_rows_g(self, g: Tensor) -> Tensor | None:
+        """See :meth:`Form.loose_rows_g`; steps that do not exist are zero."""
+        return g.unsqueeze(2)
+
     @property
     def tag(self) -> str:
         """See :attr:`Form.tag`."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxcurv.layers.layer import SUMMANDS
 from fxcurv.layers.recurrence.operators import by_step, live_rows, mask_of, operator
 from fxcurv.layers.recurrence.products import once, thread
 from fxcurv.layers.recurrence.sequence import shown
@@ -109,3 +110,6 @@ def rnn_adjoint(zx: Tensor, zh: Tensor, h0: Tensor, *known: Any) -> tuple[Tensor
     """
     result: tuple[Tensor, ...] = _Adjoint.apply(thread(zx, zh, h0), zx, zh, h0, *known)
     return result
+
+
+SUMMANDS[rnn_adjoint] = (0, 1)

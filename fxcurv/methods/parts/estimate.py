@@ -17,7 +17,7 @@ def shared_rows(b: Builder, facts: Facts, target: Target, side: str) -> fx.Node:
     "expand" lets every position act as an example. "reduce" takes the mean input and the summed output gradient over
     the positions of an example (Eschenhagen et al., 2023).
     """
-    rows = target.rows(b, side)
+    rows = target.rows(b, side, alone=True)
     if facts.sharing == "expand" or target.diagonal_input:
         return rows
     return b.mean_positions(rows) if side[0] == "a" else b.sum_positions(rows)

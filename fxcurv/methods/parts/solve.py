@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxcurv.ir.program import REFRESH, STATISTICS, Builder
+from fxcurv.ir.schedule import FIRST, NEVER
 from fxcurv.ir.types import Diag, Orth, Type
 from fxcurv.methods.facts import Facts, Target
-from fxcurv.methods.method import Method, Solve, curvature_weight, flag, hyper
+from fxcurv.methods.method import Method, Solve, curvature_weight, flag, hyper, is_diagonal
 
 Parts = dict[str, fx.Node]
 
@@ -49,18 +50,28 @@ class Corrected(Solve):
 
     The basis is refreshed with the factorisations; there the second moment S restarts from the eigenvalue products, so
     that it is never read in a basis in which it was not measured. Between refreshes S follows the batches.
+    basis: "eigh" decomposes at every refresh; "qr" in the first (and when a refresh is asked for), and then follows the
+    factor by one step of orthogonal iteration.
     """
+
+    basis: str = "eigh"
 
     def direction(
         self, b: Builder, method: Method, facts: Facts, target: Target, gradient: fx.Node, parts: Parts
     ) -> fx.Node:
         name, scalar = target.name, facts.scalar()
-        with b.within(at=REFRESH):
+        if self.basis == "qr":
+            b.program.cadences.setdefault(FIRST, NEVER)
+        with b.within(at=FIRST if self.basis == "qr" else REFRESH):
             (e_a, new_a), (e_g, new_g) = eigenpairs(b, parts["A"]), eigenpairs(b, parts["G"])
-            products = b.outer(e_g, e_a)
+            renewed = [(new_a, new_g, b.outer(e_g, e_a))]
         old_a = b.input("state", f"{name}.QA", new_a.meta["type"], init=_identity(new_a.meta["type"]))
         old_g = b.input("state", f"{name}.QG", new_g.meta["type"], init=_identity(new_g.meta["type"]))
-        second = b.input("state", f"{name}.S", products.meta["type"], init="zeros")
+        if self.basis == "qr":
+            with b.within(at=REFRESH):
+                (e_a, new_a), (e_g, new_g) = tracked(b, parts["A"], old_a), tracked(b, parts["G"], old_g)
+                renewed = [(new_a, new_g, b.outer(e_g, e_a)), *renewed]
+        second = b.input("state", f"{name}.S", renewed[0][2].meta["type"], init="zeros")
         updates = b.input("state", f"{name}.S_updates", scalar, init="zeros")
         with b.within(at=STATISTICS):
             rows_a, rows_g = target.rows(b, "a"), target.rows(b, "g")
@@ -70,8 +81,9 @@ class Corrected(Solve):
             followed, ticked = b.ema(second, measured, weight), b.tick(updates, count)
         with b.within(at=REFRESH):
             one = b.one_like(updates)
-        spectrum = b.latest(products, b.latest(followed, second))
-        q_a, q_g = b.latest(new_a, old_a), b.latest(new_g, old_g)
+        q_a, q_g, spectrum = old_a, old_g, b.latest(followed, second)
+        for new_a, new_g, products in renewed:  # what is due less often comes first
+            spectrum, q_a, q_g = b.latest(products, spectrum), b.latest(new_a, q_a), b.latest(new_g, q_g)
         b.give("state", f"{name}.QA", q_a)
         b.give("state", f"{name}.QG", q_g)
         b.give("state", f"{name}.S", spectrum)
@@ -92,6 +104,14 @@ class Divide(Solve):
 def eigenpairs(b: Builder, factor: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Eigenvalues and basis of a factor."""
     pairs = b.eigh(factor, *flag(factor))
+    return b.item(pairs, 0), b.item(pairs, 1)
+
+
+def tracked(b: Builder, factor: fx.Node, basis: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The same from the last basis; a diagonal has one basis for ever."""
+    if is_diagonal(factor):
+        return eigenpairs(b, factor)
+    pairs = b.track_basis(factor, basis)
     return b.item(pairs, 0), b.item(pairs, 1)
 
 
