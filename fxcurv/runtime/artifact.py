@@ -31,6 +31,7 @@ from fxcurv.layers.region import fits, place_of
 from fxcurv.losses import Loss
 from fxcurv.methods import PUBLISHED, Method
 from fxcurv.methods.facts import Facts, gather
+from fxcurv.passes.defer import Defer
 from fxcurv.passes.detect import Detect
 from fxcurv.passes.lower import Lower
 from fxcurv.passes.manager import Compilation, Pass
@@ -162,8 +163,8 @@ def load(
         skip=request["skip"],
         fused=request.get("fused"),
         on_nonfinite=request["on_nonfinite"],
-        passes=(Detect(), Read(str(root / PROGRAM), report["targets"]), TapPass(), Views(), Memory(), Lower()),
-        disable=[name for name in request["disable"] if name in ("views", "memory")],
+        passes=(Detect(), Read(str(root / PROGRAM), report["targets"]), TapPass(), Defer(), Views(), Memory(), Lower()),
+        disable=[name for name in request["disable"] if name in ("defer", "views", "memory")],
         proofs=given,
         **request["hyper"],
     )

@@ -66,6 +66,30 @@ def test_a_loaded_model_computes_what_the_transformed_one_does(method: str, hype
             assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight_gradients": False},
+        {"stale": "packed,bf16"},
+        {"stagger": True, "solve_every": 3},
+        {"disable": ("defer", "batch")},
+    ],
+)
+def test_a_loaded_model_has_every_optimisation(options: dict[str, Any], tmp_path: Path) -> None:
+    """Six equal layers, whose statistics are taken together and whose algebra is batched, and a wide one."""
+
+    def deep() -> nn.Module:
+        torch.manual_seed(0)
+        layers = [layer for _ in range(5) for layer in (nn.Linear(6, 6), nn.Tanh())]
+        return nn.Sequential(nn.Linear(5, 6), *layers, nn.Linear(6, 40), nn.Tanh(), nn.Linear(40, 3))
+
+    first = fxcurv.transform(deep(), "kfac", example_inputs=(X,), loss="cross_entropy", **options)
+    second = fxcurv.load(fxcurv.save(first, tmp_path / "a"), deep())
+    for one, other in zip(train(first), train(second), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_the_program_in_the_folder_is_what_runs(tmp_path: Path) -> None:
     folder = fxcurv.save(fxcurv.transform(net(), "foof", loss="cross_entropy"), tmp_path / "a")
     program = folder / "update.fxc"

@@ -256,6 +256,7 @@ ORACLES: dict[str, Any] = {
     "sqrt": np.sqrt,
     "neg": lambda x: 0 - x,
     "mean_diagonal": lambda A, flag=False: diagonal_of(A, flag).sum(-1) / A.shape[-1],
+    "bias_factor": lambda beta, k: 1.0 - beta**k if k else 1.0,
     "pi_split": oracle_pi,
     "inverse": oracle_inverse,
     "inverse_root": oracle_inverse_root,
@@ -300,6 +301,9 @@ ORACLES: dict[str, Any] = {
 }
 # Not unique, random, or in a precision that numpy lacks: tested by what holds.
 INDIRECT = {"eigh", "chain_modes", "symmetric_chain_modes", "signs", "track_basis", "cast"}
+# Tested against dense inverses, roots and per-example gradients: test_rank1, test_newton, test_row_kernel, passes.
+INDIRECT |= {"rank1_update", "rank1_apply", "rank1_right_apply", "stabilize", "newton_root", "newton_schulz"}
+INDIRECT |= {"row_kernel", "pointwise"}
 
 
 def test_every_op_has_an_oracle() -> None:
