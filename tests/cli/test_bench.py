@@ -130,7 +130,10 @@ def test_steps_carry_the_estimate() -> None:
     assert estimates == sorted(estimates) and estimates[0] is not None and estimates[0] > 1  # type: ignore[type-var]
 
 
-def test_one_schema_in_json_and_csv(model_file: Path, tmp_path: Path, invoke: Invoke, invoke_json: Invoke) -> None:
+def test_one_schema_in_json_and_csv(
+    model_file: Path, tmp_path: Path, invoke: Invoke, invoke_json: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     table, picture = tmp_path / "t.csv", tmp_path / "t.png"
     found = invoke_json("bench", model_file, "-m", "kfac,ekfac", "--rounds", 2, "--csv", table, "--plot", picture)
     assert [row["name"] for row in found] == ["plain", "kfac", "ekfac"] and tuple(found[0]) == COLUMNS

@@ -17,7 +17,8 @@ from fxcurv.kernels import aot
 Invoke = Callable[..., Any]
 
 
-def test_aot_prints_what_the_compilers_say(invoke: Invoke) -> None:
+def test_aot_prints_what_the_compilers_say(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     text = invoke("kernels", "triangle_pack", "--aot", "--jobs", 1).stdout
     assert "Compiled" in text and "Traffic" in text
     for target in ("sm_80", "sm_90", "gfx942"):
