@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxcurv.capture.captured import Captured, resolve
@@ -23,6 +22,7 @@ from fxcurv.errors import FxcurvError
 from fxcurv.ir.op import OPS
 from fxcurv.ir.program import STEP, Program, Role, infer, operand_types
 from fxcurv.ir.types import Diag, Rows
+from fxcurv.layers.keep import LINEAR, linear_arguments
 from fxcurv.layers.layer import Layer
 from fxcurv.passes.manager import Compilation, Pass, erase
 
@@ -76,11 +76,11 @@ def linear_operands(y: fx.Node, model: nn.Module) -> tuple[Any, str, str | None]
         if type(module) is not nn.Linear or hooks or len(y.args) != 1:
             return None
         return y.args[0], f"{y.target}.weight", None if module.bias is None else f"{y.target}.bias"
-    if y.target not in (F.linear, torch.ops.aten.linear.default):
+    if y.target not in LINEAR:
         return None
-    x, weight, bias = (*y.args, *y.kwargs.values(), None, None)[:3]
+    x, weight, bias = linear_arguments(y)
     named = [n for n in (weight, bias) if n is not None]
-    if not all(isinstance(n, fx.Node) and n.op == "get_attr" for n in named) or weight is None:
+    if not all(isinstance(n, fx.Node) and n.op == "get_attr" for n in named):
         return None
     return x, str(weight.target), None if bias is None else str(bias.target)  # type: ignore[union-attr]
 

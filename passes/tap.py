@@ -23,7 +23,7 @@ from fxcurv.ir.program import Program
 from fxcurv.ir.statistic import RowsOf, StateOf, evaluate, leaves, parse_statistic
 from fxcurv.ir.types import Rows, Type
 from fxcurv.kernels.registry import preferred, select
-from fxcurv.layers.keep import KeptLinear
+from fxcurv.layers.keep import LINEAR, KeptLinear, linear_arguments
 from fxcurv.layers.layer import Layer, Use
 from fxcurv.layers.tap import TapSpec, tap
 from fxcurv.passes.manager import Compilation, Pass
@@ -200,7 +200,13 @@ def keep_rows(
     The graph's first input is then what keeps the rows, or ``None`` for ordinary weight gradients.
     """
     kept = {role.key.rpartition(".")[0] for role in program.inputs("rows")}
-    chosen = [layer for layer in layers if layer.name in kept and layer.uses[0].y in copies]
+    products = {layer.name: copies.get(layer.uses[0].y) for layer in layers if layer.name in kept}
+    # A call of another kind may spell a product otherwise; it then has an ordinary gradient.
+    chosen = [
+        layer
+        for layer in layers
+        if (y := products.get(layer.name)) is not None and (y.op == "call_module" or y.target in LINEAR)
+    ]
     if not chosen:
         return False
     with graph.inserting_before(first):
@@ -209,9 +215,9 @@ def keep_rows(
         use = layer.uses[0]
         y = copies[use.y]
         with graph.inserting_before(y):
-            own: tuple[Any, ...] = (*y.args, *y.kwargs.values())
-            operands = (keep, y.args[0], graph.get_attr(str(y.target))) if y.op == "call_module" else (keep, *own)
-            node = graph.call_function(KeptLinear(layer.name), operands)
+            whole = y.op == "call_module"
+            operands = (y.args[0], graph.get_attr(str(y.target))) if whole else linear_arguments(y)
+            node = graph.call_function(KeptLinear(layer.name), (keep, *operands))
         y.replace_all_uses_with(node)
         graph.erase_node(y)
         copies[use.y] = node

@@ -13,7 +13,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+
+LINEAR = (F.linear, torch.ops.aten.linear.default)
+"""Functions whose weight gradient can be left out, beside calls of ``nn.Linear``."""
+
+
+def linear_arguments(y: fx.Node) -> tuple[Any, Any, Any]:
+    """(input, weight, bias) of a call of one of LINEAR, however they are passed."""
+    given = {**dict(zip(("input", "weight", "bias"), y.args, strict=False)), **y.kwargs}
+    return given["input"], given["weight"], given.get("bias")
+
 
 Keep = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(layer, x, y) -> the slots of x and of y's gradient."""

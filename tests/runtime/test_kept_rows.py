@@ -33,7 +33,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.b(self.norm(torch.tanh(self.a(x)))))
-        x = torch.tanh(F.linear(x, self.weight, bias=self.bias))
+        x = torch.tanh(F.linear(bias=self.bias, weight=self.weight, input=x))
         return self.head(torch.tanh(self.c(x)))
 
 
