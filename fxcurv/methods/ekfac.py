@@ -8,7 +8,7 @@ from fxcurv.errors import FxcurvError
 from fxcurv.methods.method import Method, Source
 from fxcurv.methods.parts.damp import Tikhonov
 from fxcurv.methods.parts.estimate import Kron
-from fxcurv.methods.parts.rescale import KLClip
+from fxcurv.methods.parts.rescale import rescaling
 from fxcurv.methods.parts.scope import Layers
 from fxcurv.methods.parts.solve import Corrected
 from fxcurv.methods.parts.track import EMA
@@ -40,5 +40,5 @@ def ekfac(o: SimpleNamespace) -> Method:
         track=EMA(),
         damp=Tikhonov(),
         solve=Corrected(o.basis),
-        rescale=None if o.kl_clip is None else KLClip(),
+        rescale=rescaling(o),
     )

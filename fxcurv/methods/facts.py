@@ -33,6 +33,8 @@ class Target:
     has uses with the transposed role. sequential: whether positions may be the steps of a sequence: not pixels, and not
     where a loop applies the weight anew at each step. dtype: of the program's values for this layer. stored_weight,
     stored_bias: shapes of these parts of the parameters where they are not weight_shape and (groups * d_out,).
+    activation: name of the one elementwise function that the layer's only output goes through ("identity" for none),
+    "" where it is something else. feeds: the one layer whose input is the output of that function, "" for none.
     """
 
     name: str
@@ -53,6 +55,8 @@ class Target:
     stored_weight: tuple[int, ...] | None = None
     stored_bias: tuple[int, ...] | None = None
     output: str = ""
+    activation: str = ""
+    feeds: str = ""
 
     def rows(self, b: Builder, side: str, alone: bool = False) -> fx.Node:
         """Rows of one side as a statistic input: "a", "g", or "a2", "g2" of the swapped uses.
@@ -65,17 +69,24 @@ class Target:
 
     def gradient(self, b: Builder) -> fx.Node:
         """The gradient in normal form, Mat[groups; d_out, d_in]."""
+        return self._matrix(b, "grad")
+
+    def weights(self, b: Builder) -> fx.Node:
+        """The layer's own [W b] in normal form, Mat[groups; d_out, d_in], as it is before the step."""
+        return self._matrix(b, "param")
+
+    def _matrix(self, b: Builder, kind: str) -> fx.Node:
         inputs = self.d_in - self.homogeneous
         shape = [self.d_out, inputs] if self.groups == 1 else [self.groups, self.d_out, inputs]
         shapes = self.stored_weight, self.stored_bias
         own = self.weight_shape if shapes[0] is None else shapes[0]
-        stored = b.input("grad", self.weight, Tensor(own, self.dtype))
+        stored = b.input(kind, self.weight, Tensor(own, self.dtype))
         matrix = b.matricize(_reshaped(b, stored, self.weight_shape), list(self.permutation), shape)
         if not self.homogeneous:
             return matrix
         assert self.bias is not None
         own = (self.groups * self.d_out,) if shapes[1] is None else shapes[1]
-        return b.append_column(matrix, b.input("grad", self.bias, Tensor(own, self.dtype)))
+        return b.append_column(matrix, b.input(kind, self.bias, Tensor(own, self.dtype)))
 
     def update(self, b: Builder, direction: fx.Node) -> None:
         """Yield a normal-form direction as updates of the stored parameters."""

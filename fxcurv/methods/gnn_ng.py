@@ -35,7 +35,7 @@ class Nodes(Estimate):
     fisher="empirical",
     fisher_samples=1,
     damping=0.01,
-    damping_scheme="tikhonov",
+    damping_scheme="sqrt",
     ema=0.0,
     factor_every=50,
     solve_every=50,
@@ -50,7 +50,7 @@ def gnn_ng(o: SimpleNamespace) -> Method:
     G = (1/N) sum_i g_i g_i^T of the gradients g_i of the total loss at the layer's output, over all nodes; unlabelled
     ones enter with predicted labels, N = labelled + strength * unlabelled. U = (G + sqrt(damping) I)^-1 V
     (A + sqrt(damping) I)^-1. fisher: "empirical" as in the paper, on true and predicted labels; "mc" and "ggn" take
-    the labels from the model. damping_scheme: "tikhonov" (pi = 1, as in the paper's experiments), "pi", "eigenvalue".
+    the labels from the model. damping_scheme: "sqrt" (pi = 1, as in the paper's experiments), "pi", "eigenvalue".
 
     The loss is :class:`fxcurv.losses.SemiSupervised`, with :func:`fxcurv.losses.strength` for the growth of the weight;
     any loss whose terms are nodes will do (cross-entropy, gaussian). A layer that aggregates after its product,

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from fxcurv.errors import FxcurvError
-from fxcurv.methods.method import Damp, Method, Solve, Source
-from fxcurv.methods.parts.damp import Factored, PiSplit, Tikhonov
+from fxcurv.methods.method import Method, Source
 from fxcurv.methods.parts.estimate import Kron
-from fxcurv.methods.parts.rescale import KLClip
+from fxcurv.methods.parts.rescale import rescaling
+from fxcurv.methods.parts.schemes import scheme
 from fxcurv.methods.parts.scope import Layers
-from fxcurv.methods.parts.solve import Eigen, Inverse
 from fxcurv.methods.parts.track import EMA
 from fxcurv.methods.registry import published
-
-SCHEMES: dict[str, tuple[Damp, Solve]] = {
-    "pi": (PiSplit(), Inverse()),
-    "tikhonov": (Factored(), Inverse()),
-    "eigenvalue": (Tikhonov(), Eigen()),
-}
 
 
 @published(
@@ -36,7 +28,7 @@ def kfac(o: SimpleNamespace) -> Method:
 
     For a layer s = W a the block is approximated by kron(G, A), A = E[a a^T], G = E[g g^T], g the gradient at s for a
     label sampled from the model; the direction is U = (G + sqrt(damping)/pi I)^-1 V (A + pi sqrt(damping) I)^-1 with
-    pi^2 = (tr A / dim A) / (tr G / dim G). damping_scheme: "pi", "tikhonov" (pi = 1) or "eigenvalue" (the whole block
+    pi^2 = (tr A / dim A) / (tr G / dim G). damping_scheme: "pi", "sqrt" (pi = 1) or "eigenvalue" (the whole block
     damped exactly, in its eigenbasis). Convolutions use patches (KFC); norm layers keep exact unit-wise blocks.
 
     Source: Martens & Grosse 2015, sections 3-6; Grosse & Martens 2016. Here with a fixed damping and a KL clip in place
@@ -51,12 +43,5 @@ def kfac(o: SimpleNamespace) -> Method:
         track=EMA(),
         damp=damp,
         solve=solve,
-        rescale=None if o.kl_clip is None else KLClip(),
+        rescale=rescaling(o),
     )
-
-
-def scheme(name: str) -> tuple[Damp, Solve]:
-    """Damping and solve of a named damping scheme."""
-    if name not in SCHEMES:
-        raise FxcurvError(f"damping_scheme='{name}' is unknown; choose one of {', '.join(SCHEMES)}.")
-    return SCHEMES[name]

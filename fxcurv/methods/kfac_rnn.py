@@ -9,7 +9,7 @@ from fxcurv.methods.method import Estimate, Method, Solve, Source
 from fxcurv.methods.parts.chain import Lagged, Stationary, Symmetric
 from fxcurv.methods.parts.damp import PiSplit
 from fxcurv.methods.parts.estimate import Kron
-from fxcurv.methods.parts.rescale import KLClip
+from fxcurv.methods.parts.rescale import rescaling
 from fxcurv.methods.parts.scope import Layers
 from fxcurv.methods.parts.solve import Inverse
 from fxcurv.methods.parts.track import EMA
@@ -77,5 +77,5 @@ def kfac_rnn(o: SimpleNamespace) -> Method:
         track=EMA(),
         damp=PiSplit(),
         solve=solve,
-        rescale=None if o.kl_clip is None else KLClip(),
+        rescale=rescaling(o),
     )

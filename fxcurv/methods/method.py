@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.program import Builder, Program
@@ -84,6 +84,13 @@ class Estimate(ABC):
     def measure(self, b: Builder, facts: Facts, target: Target) -> dict[str, fx.Node]:
         """Parts of the estimate by name ("A", "G", ...), normalised to the mean loss."""
 
+    def block(self, parts: dict[str, Tensor]) -> Tensor | None:
+        """The dense matrix that a layer's states stand for, undamped, (..., d_out d_in, d_out d_in) in row-major order.
+
+        parts: the layer's states by name ("A", "G", ...). ``None`` where the estimate alone does not say.
+        """
+        return None
+
 
 class Track(ABC):
     """Abstract: the curvature over time."""
@@ -109,6 +116,10 @@ class Solve(ABC):
         self, b: Builder, method: Method, facts: Facts, target: Target, gradient: fx.Node, parts: dict[str, fx.Node]
     ) -> fx.Node:
         """The preconditioned gradient, of the gradient's type."""
+
+    def block(self, parts: dict[str, Tensor]) -> Tensor | None:
+        """The same as :meth:`Estimate.block` where it is the solve that decides what is inverted, else ``None``."""
+        return None
 
 
 class Rescale(ABC):
@@ -166,6 +177,11 @@ class Method:
                 raise FxcurvError(f"{name}={value} must not be negative.")
             if name in WEIGHTS_OF_OLD and value > 1:
                 raise FxcurvError(f"{name}={value} is the weight of the old value in an average: at most 1.")
+
+    def block(self, parts: dict[str, Tensor]) -> Tensor | None:
+        """The dense curvature that a layer's states stand for; see :meth:`Estimate.block`."""
+        found = self.solve.block(parts) if self.solve is not None else None
+        return self.estimate.block(parts) if found is None and self.estimate is not None else found
 
     def build(self, facts: Facts) -> Program:
         """The update program of this method for a model."""

@@ -68,8 +68,8 @@ class Engine:
         }
         self.states = States(self.lowered.program, self.device_of)
         self.commits = self.lowered.commits()
-        grads = self.lowered.program.inputs("grad").items()
-        self.stored = {role.key: (place_of(role.key, self.places), node.meta["type"].dtype) for role, node in grads}
+        read = self.lowered.program.inputs("grad") | self.lowered.program.inputs("param")
+        self.stored = {r.key: (place_of(r.key, self.places), node.meta["type"].dtype) for r, node in read.items()}
         self.owner_of = {key: t.name for t in self.facts.targets for key in (t.weight, t.bias) if key}
         types = {role.key: node.meta["type"] for role, node in self.lowered.program.inputs("stat").items()}
         self.statistics = Statistics(tap_types(types))
@@ -228,6 +228,10 @@ class Engine:
                 grad = grad if place.region is None else place.of(grad)
                 grad = grad if grad.dtype == dtype else grad.to(dtype)
                 inputs[role] = grad if factor == 1.0 else grad * factor
+            elif role.kind == "param":
+                place, dtype = self.stored[role.key]
+                value = parameters[place.name].detach()
+                inputs[role] = (value if place.region is None else place.of(value)).to(dtype)
             elif role.kind == "rows":
                 name, _, side = role.key.rpartition(".")
                 if name not in kept:

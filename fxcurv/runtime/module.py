@@ -276,6 +276,21 @@ class CurvatureModule(nn.Module):
                 found[part] = torch.diag_embed(value) if diagonal else value
         return found
 
+    def block(self, name: str) -> Tensor:
+        """The dense curvature that the method keeps for a layer: undamped, of the mean loss, (d, d) or (groups, d, d)
+        with d = d_out * d_in, in the row-major order of ``[W b].flatten()``.
+
+        Raises :class:`FxcurvError` for an unknown layer, or where the method's curvature is no matrix of a layer.
+        """
+        engine, prefix = self._engine, f"{name}."
+        self.factors(name)
+        states = {key: role for key, role in engine.states.by_key.items() if key.startswith(prefix)}
+        parts = {key[len(prefix) :]: engine.states.values[role] for key, role in states.items()}
+        found = parts["F"] if set(parts) >= {"F"} else engine.method.block(parts)
+        if found is None:
+            raise FxcurvError(f"'{engine.method.name}' keeps no curvature of '{name}' that is a matrix of the layer.")
+        return found
+
     def report(self) -> Report:
         """What was found and how it is treated: a row for every trainable parameter."""
         return make_report(self._engine)

@@ -62,10 +62,10 @@ def test_compile_says_what_it_found_and_writes_it(model_file: Path, tmp_path: Pa
 
 def test_compile_prints_json(model_file: Path, tmp_path: Path, invoke_json: Invoke) -> None:
     found = invoke_json(
-        "compile", model_file, "-o", tmp_path / "o", "--set", "damping_scheme=tikhonov", "--kl-clip", "none",
+        "compile", model_file, "-o", tmp_path / "o", "--set", "damping_scheme=sqrt", "--kl-clip", "none",
         "--skip", "last", "--disable", "share", "--rows", 100,
     )  # fmt: skip
-    assert found["request"]["hyper"] == {"lr": 0.05, "damping_scheme": "tikhonov", "kl_clip": None}
+    assert found["request"]["hyper"] == {"lr": 0.05, "damping_scheme": "sqrt", "kl_clip": None}
     assert [layer["name"] for layer in found["layers"]] == ["first"]
     assert "share" not in [step["name"] for step in found["passes"]]
     assert found["cost"]["rows"] == 100

@@ -35,7 +35,7 @@ from tests.passes.programs import (
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((method, {}) for method in METHODS),
-    ("kfac", {"damping_scheme": "tikhonov"}),
+    ("kfac", {"damping_scheme": "sqrt"}),
     ("kfac", {"damping_scheme": "eigenvalue"}),
     ("kfac", {"kl_clip": None, "max_factor_dim": 4}),
     ("kfac", {"sharing": "reduce"}),
@@ -173,7 +173,7 @@ def test_slices_follow_the_schedule(program: Program) -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme, solve, count", [("tikhonov", "inverse", 4), ("eigenvalue", "eigh", 4), ("pi", "inverse", 6)]
+    "scheme, solve, count", [("sqrt", "inverse", 4), ("eigenvalue", "eigh", 4), ("pi", "inverse", 6)]
 )
 def test_share_attention(scheme: str, solve: str, count: int) -> None:
     """q, k, v: one slot, one average and, where the damping allows it, one factorisation of the input side."""
@@ -187,7 +187,7 @@ def test_share_attention(scheme: str, solve: str, count: int) -> None:
     inverses = [role for role in keys(c.program.inputs(), "state") if role[0].endswith("A.inverse")]
     if scheme == "pi":
         assert sorted(inverses) == [("k.A.inverse",), ("q.A.inverse",), ("v.A.inverse",)]
-    if scheme == "tikhonov":
+    if scheme == "sqrt":
         assert inverses == [("q.A.inverse", "k.A.inverse", "v.A.inverse")]
 
 

@@ -306,7 +306,7 @@ class Block(nn.Module):
     ("method", "options", "op", "on_a"),
     [
         ("kfac", {"damping_scheme": "pi"}, "inverse", 3),
-        ("kfac", {"damping_scheme": "tikhonov"}, "inverse", 1),
+        ("kfac", {"damping_scheme": "sqrt"}, "inverse", 1),
         ("kfac", {"damping_scheme": "eigenvalue"}, "eigh", 1),
         ("ekfac", {}, "eigh", 1),
         ("foof", {}, "inverse", 1),

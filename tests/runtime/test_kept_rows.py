@@ -76,7 +76,7 @@ def agree(one: list[Tensor], other: list[Tensor]) -> None:
     [
         ("kfac", {}),
         ("kfac", {"fisher": "empirical", "kl_clip": None}),
-        ("kfac", {"fisher": "ggn", "damping_scheme": "tikhonov"}),
+        ("kfac", {"fisher": "ggn", "damping_scheme": "sqrt"}),
         ("kfac", {"damping_scheme": "eigenvalue"}),
         ("ekfac", {}),
         ("foof", {}),

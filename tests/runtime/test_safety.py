@@ -312,7 +312,7 @@ def test_a_parameter_unused_in_one_step():
 
 def test_failed_cholesky_is_repaired(tmp_path: Path):
     net = mlp(torch.float32)
-    model = make(net, solve_every=1, damping=1e-12, damping_scheme="tikhonov", dump_failures=tmp_path / "failed")
+    model = make(net, solve_every=1, damping=1e-12, damping_scheme="sqrt", dump_failures=tmp_path / "failed")
     x, y = batch(dtype=torch.float32)
     step(model, x, y)
     indefinite = torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, -1e-7]))
@@ -333,7 +333,7 @@ def test_failed_cholesky_is_repaired(tmp_path: Path):
 
 def test_hopeless_factor_keeps_the_previous_inverse():
     net = mlp(torch.float32)
-    model = make(net, solve_every=1, damping=1e-3, damping_scheme="tikhonov")
+    model = make(net, solve_every=1, damping=1e-3, damping_scheme="sqrt")
     x, y = batch(dtype=torch.float32)
     step(model, x, y)
     before = states(model)["curvature.0.A.inverse"]

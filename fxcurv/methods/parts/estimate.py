@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from fxcurv.ir.program import Builder
+from fxcurv.methods.dense import full, kron
 from fxcurv.methods.facts import Facts, Target
 from fxcurv.methods.method import Estimate, curvature_weight, flag
 
@@ -63,6 +65,9 @@ class Kron(Estimate):
             inputs = b.add(inputs, b.scale(term, ratio))
         return {"A": inputs, "G": outputs}
 
+    def block(self, parts: dict[str, Tensor]) -> Tensor | None:
+        return kron(*(full(parts[side], parts[side].shape[-1]) for side in ("G", "A")))
+
 
 @dataclass(frozen=True)
 class InputGram(Estimate):
@@ -82,3 +87,6 @@ class Diagonal(Estimate):
     def measure(self, b: Builder, facts: Facts, target: Target) -> dict[str, fx.Node]:
         squares = b.grad_square(target.rows(b, "a"), target.rows(b, "g"))
         return {"D": b.scale(squares, curvature_weight(b, facts))}
+
+    def block(self, parts: dict[str, Tensor]) -> Tensor | None:
+        return torch.diag_embed(parts["D"].flatten(-2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from torch import fx
 
@@ -18,3 +19,8 @@ class KLClip(Rescale):
     def factor(self, b: Builder, facts: Facts, pairs: list[tuple[fx.Node, fx.Node]]) -> fx.Node:
         dots = [b.dot(direction, gradient) for direction, gradient in pairs]
         return b.clip_kl(dots, hyper(b, facts, "lr"), hyper(b, facts, "kl_clip"))
+
+
+def rescaling(o: SimpleNamespace) -> Rescale | None:
+    """The rescaling that a method's hyper-parameters ask for."""
+    return None if o.kl_clip is None else KLClip()

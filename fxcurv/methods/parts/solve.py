@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
 
 from fxcurv.ir.program import REFRESH, STATISTICS, Builder
 from fxcurv.ir.schedule import FIRST, NEVER
 from fxcurv.ir.types import Diag, Orth, Type
+from fxcurv.methods.dense import full, kron
 from fxcurv.methods.facts import Facts, Target
 from fxcurv.methods.method import Method, Solve, curvature_weight, flag, hyper, is_diagonal
 
@@ -89,6 +90,11 @@ class Corrected(Solve):
         b.give("state", f"{name}.S", spectrum)
         b.give("state", f"{name}.S_updates", b.latest(one, b.latest(ticked, updates)))
         return in_basis(b, facts, gradient, q_g, q_a, spectrum)
+
+    def block(self, parts: dict[str, Tensor]) -> Tensor | None:
+        d_out, d_in = parts["S"].shape[-2:]
+        basis = kron(full(parts["QG"], d_out), full(parts["QA"], d_in))
+        return basis @ (parts["S"].flatten(-2).unsqueeze(-1) * basis.mT)
 
 
 @dataclass(frozen=True)
