@@ -15,7 +15,7 @@ from fxcurv.cli.modelfile import ModelFile
 from fxcurv.errors import FxcurvError
 from fxcurv.methods import PUBLISHED, get_method
 from fxcurv.runtime import CurvatureModule
-from fxcurv.runtime.newton import NEWTON
+from fxcurv.runtime.optimizer import OPTIONS
 
 
 def split_hyper(file: ModelFile, method: str, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -27,19 +27,21 @@ def split_hyper(file: ModelFile, method: str, given: dict[str, Any]) -> tuple[di
         get_method(method)  # raises with the nearest names
     hyper = file.hyper(method, given)
     known = PUBLISHED[method].defaults
-    newton = get_method(method).rule.kind == "newton"
-    options = {name: hyper.pop(name) for name in list(hyper) if name not in known and newton and name in NEWTON}
+    kind = get_method(method, **{name: value for name, value in hyper.items() if name in known}).rule.kind
+    options = {name: hyper.pop(name) for name in list(hyper) if name not in known and name in OPTIONS[kind]}
     return hyper, options
 
 
 def build(file: ModelFile, method: str, hyper: dict[str, Any], **options: Any) -> CurvatureModule:
+    """``fxcurv.transform`` on the model of a file, with a spinner."""
+    with render.working(f"compiling {file.path.name} for {method}: capture, layers, passes, proofs"):
+        return transformed(file, method, hyper, **options)
+
+
+def transformed(file: ModelFile, method: str, hyper: dict[str, Any], **options: Any) -> CurvatureModule:
     """``fxcurv.transform`` on the model of a file; a fault in the user's forward is one sentence too."""
     chosen, _ = split_hyper(file, method, hyper)
-    with (
-        render.working(f"compiling {file.path.name} for {method}: capture, layers, passes, proofs"),
-        file.running(),
-        hushed(),
-    ):
+    with file.running(), hushed():
         return fxcurv.transform(
             file.model, method, example_inputs=file.example_inputs, loss=file.loss, **options, **chosen
         )

@@ -28,38 +28,13 @@ def methods(name: Name = None, json: Json = False) -> None:
 
 def ops(name: Name = None, json: Json = False) -> None:
     """List the ops of update programs, or one with its schema, traits and definition."""
-    import fxcurv.ir.ops  # noqa: F401
-    from fxcurv.ir.op import OPS
-
-    found = {
-        key: {
-            "name": key,
-            "schema": op.schema,
-            "traits": sorted(trait.value for trait in op.traits),
-            "summary": op.doc.partition("\n")[0],
-            "doc": op.doc,
-        }
-        for key, op in sorted(OPS.items())
-    }
-    _show("op", found, name, json, {"op": "name", "schema": "schema", "traits": "traits", "what": "summary"})
+    _show("op", found_ops(), name, json, {"op": "name", "schema": "schema", "traits": "traits", "what": "summary"})
 
 
 def passes(name: Name = None, json: Json = False) -> None:
     """List the passes in the order in which they run, or one with its options."""
-    import dataclasses
-
-    from fxcurv.passes import PIPELINE
-
-    found = {}
-    for step in PIPELINE:
-        doc = inspect.getdoc(inspect.getmodule(type(step))) or ""
-        options = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
-        summary = doc.partition("\n")[0].partition(": ")[2] or doc.partition("\n")[0]
-        doc = f"{doc}\n\n{inspect.getdoc(type(step)) or ''}".strip()
-        found[step.name] = {
-            "name": step.name, "summary": summary, "needs": list(step.needs), "defaults": options, "doc": doc,
-        }  # fmt: skip
-    _show("pass", found, name, json, {"pass": "name", "what": "summary", "needs": "needs", "options": "defaults"})
+    columns = {"pass": "name", "what": "summary", "needs": "needs", "options": "defaults"}
+    _show("pass", found_passes(), name, json, columns)
 
 
 def kernels(
@@ -79,14 +54,55 @@ def kernels(
     spills, shared memory, tensor-core instructions and seconds, then the bytes that each variant moves beside the least
     that it must. Results are kept; the first run takes minutes, with --all an hour.
     """
-    from fxcurv.kernels.registry import BACKENDS, KERNELS, load
-
     if aot:
         _compiled([name] if name else [], every, jobs, json)
         return
+    columns = {"kernel": "name", "op": "op", "backend": "backend", "claims": "when", "how": "summary"}
+    _show("kernel", found_kernels(), name, json, columns)
+
+
+def found_ops() -> dict[str, dict[str, Any]]:
+    """The ops by name: schema, traits, summary and doc."""
+    import fxcurv.ir.ops  # noqa: F401
+    from fxcurv.ir.op import OPS
+
+    return {
+        key: {
+            "name": key,
+            "schema": op.schema,
+            "traits": sorted(trait.value for trait in op.traits),
+            "summary": op.doc.partition("\n")[0],
+            "doc": op.doc,
+        }
+        for key, op in sorted(OPS.items())
+    }
+
+
+def found_passes() -> dict[str, dict[str, Any]]:
+    """The passes in their order: summary, needs, options ("defaults") and doc."""
+    import dataclasses
+
+    from fxcurv.passes import PIPELINE
+
+    found = {}
+    for step in PIPELINE:
+        doc = inspect.getdoc(inspect.getmodule(type(step))) or ""
+        options = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
+        summary = doc.partition("\n")[0].partition(": ")[2] or doc.partition("\n")[0]
+        doc = f"{doc}\n\n{inspect.getdoc(type(step)) or ''}".strip()
+        found[step.name] = {
+            "name": step.name, "summary": summary, "needs": list(step.needs), "defaults": options, "doc": doc,
+        }  # fmt: skip
+    return found
+
+
+def found_kernels() -> dict[str, dict[str, Any]]:
+    """The kernels: op, backend, when they claim a node, summary and doc; a name that two have is spelled out."""
+    from fxcurv.kernels.registry import BACKENDS, KERNELS, load
+
     for backend in BACKENDS:
         load(backend)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for kernel in KERNELS:
         doc = (kernel.doc or "").strip()
         entry = {
@@ -98,8 +114,7 @@ def kernels(
             "doc": doc,
         }
         found[kernel.name if kernel.name not in found else f"{kernel.backend}.{kernel.op}.{kernel.name}"] = entry
-    columns = {"kernel": "name", "op": "op", "backend": "backend", "claims": "when", "how": "summary"}
-    _show("kernel", found, name, json, columns)
+    return found
 
 
 def _compiled(names: list[str], every: bool, processes: int, json: bool) -> None:
@@ -140,7 +155,7 @@ def _show(
         if json:
             render.print_json([{k: v for k, v in entry.items() if k != "doc"} for entry in found.values()])
         else:
-            rows = [[_text(e[key]) for key in columns.values()] for e in found.values()]
+            rows = [[text(e[key]) for key in columns.values()] for e in found.values()]
             render.table("", list(columns), rows, names=True)
         return
     if name not in found:
@@ -158,13 +173,14 @@ def _show(
     rest = {key: value for key, value in entry.items() if key not in ("name", "schema", "summary", "doc", "defaults")}
     for key, value in rest.items():
         if value:
-            render.line(f"{key}: {_text(value)}")
+            render.line(f"{key}: {text(value)}")
     if entry.get("defaults"):
         title = "Hyper-parameters" if kind == "method" else "Options"
-        render.table(title, ("name", "default"), [(key, _text(value)) for key, value in entry["defaults"].items()])
+        render.table(title, ("name", "default"), [(key, text(value)) for key, value in entry["defaults"].items()])
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A value for reading: what it holds, with commas between."""
     if isinstance(value, dict):
         return ", ".join(f"{key}={item}" for key, item in value.items())
     if isinstance(value, (list, tuple)):

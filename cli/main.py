@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fxcurv.cli import bench, catalogue, check, compile, explain, inspect, opt, papers, train
+from fxcurv.cli import approx, bench, catalogue, check, compare, compile, docs, explain, inspect, opt, papers, train
 from fxcurv.cli.verb import verb
 
 EPILOG = (
@@ -32,6 +32,8 @@ VERBS: dict[str, dict[str, Callable[..., None]]] = {
     "Compile and train": {
         "compile": compile.run,
         "train": train.run,
+        "compare": compare.run,
+        "approx": approx.run,
         "inspect": inspect.run,
         "explain": explain.run,
         "bench": bench.run,
@@ -44,6 +46,7 @@ VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "ops": catalogue.ops,
         "passes": catalogue.passes,
         "kernels": catalogue.kernels,
+        "docs": docs.run,
     },
 }
 for panel, verbs in VERBS.items():

@@ -1,4 +1,4 @@
-"""Everything that is drawn: the only module of fxcurv that imports rich.
+"""Everything that is drawn; with the bars of :mod:`fxcurv.cli.lanes` the only module of fxcurv that imports rich.
 
 Colours, widths, NO_COLOR and pipes are the console's business. Text from users (names, paths, messages) is never read
 as markup.
@@ -38,7 +38,12 @@ def console(error: bool = False) -> Console:
 
 def print_json(data: Any) -> None:
     """Data as JSON on stdout; numbers that JSON does not know become strings."""
-    sys.stdout.write(json.dumps(_finite(data), indent=1, default=str) + "\n")
+    sys.stdout.write(json_text(data))
+
+
+def json_text(data: Any) -> str:
+    """Data as JSON, as :func:`print_json` prints it."""
+    return json.dumps(_finite(data), indent=1, default=str) + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -52,6 +57,20 @@ def _finite(value: Any) -> Any:
 def working(text: str) -> Any:
     """A context with a spinner on a terminal; in a pipe it shows nothing."""
     return console().status(text)
+
+
+class Saying:
+    """A spinner on a terminal whose text changes: call what the context gives with a line."""
+
+    def __init__(self) -> None:
+        self.status = console(error=True).status("")
+
+    def __enter__(self) -> Any:
+        self.status.start()
+        return lambda text: self.status.update(Text(text))
+
+    def __exit__(self, *exc: object) -> None:
+        self.status.stop()
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], names: bool = False) -> None:

@@ -38,6 +38,7 @@ class Training:
         self.step = self.epoch = self.position = 0
         self.seconds = self.smooth = 0.0
         self.losses: list[float] = []
+        self._supplied: Iterator[Any] | None = None
         self.refreshes = self.fallbacks = self.repaired = self.kept = 0
 
     def steps_in(self, epochs: int) -> int:
@@ -47,18 +48,24 @@ class Training:
 
     def run(self, total: int, show: Callable[[int, str], None]) -> None:
         """Train up to ``total`` steps in all; ``show(step, note)`` after each."""
-        supply = self._supply()
         self.model.train()
         while self.step < total:
-            inputs, targets = unpack_batch(self.file, next(supply))
-            start = time.perf_counter()
-            value = self._step(inputs, targets)
-            self.seconds += time.perf_counter() - start
-            self.smooth = value if not self.step else SMOOTH * self.smooth + (1 - SMOOTH) * value
-            self.losses.append(value)
-            self.step += 1
-            self.position += 1
+            value = self.advance()
             show(self.step, self._note(value))
+
+    def advance(self) -> float:
+        """One step of a model in training mode; its loss. Only the step is timed, not what makes the batch."""
+        if self._supplied is None:
+            self._supplied = self._supply()
+        inputs, targets = unpack_batch(self.file, next(self._supplied))
+        start = time.perf_counter()
+        value = self._step(inputs, targets)
+        self.seconds += time.perf_counter() - start
+        self.smooth = value if not self.step else SMOOTH * self.smooth + (1 - SMOOTH) * value
+        self.losses.append(value)
+        self.step += 1
+        self.position += 1
+        return value
 
     def _step(self, inputs: Any, targets: Any) -> float:
         def closure() -> Tensor:
@@ -171,4 +178,5 @@ class Training:
             raise FxcurvError(f"'{path}' does not fit this model: {reason}") from error
         self.step, self.epoch, self.position = content["step"], content["epoch"], content["position"]
         self.smooth = content["smooth"]
+        self._supplied = None
         torch.set_rng_state(content["rng"])

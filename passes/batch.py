@@ -49,8 +49,8 @@ LIFTED: dict[str, Lifted] = {
     },
 }
 """Ops without the trait BATCHABLE: (operands on stacks, number of rows) -> the op on stacks and its operands."""
-JOINING = ("clip_kl",)
-"""Ops that take a list of scalars of any shape: a stack may stand for its rows."""
+JOINING = ("clip_kl", "match_norm")
+"""Ops that take lists of scalars of any shape: a stack may stand for its rows."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class Build(Pass):
 
     def run(self, c: Compilation) -> int:
         assert c.model is not None and c.method is not None
-        c.facts = gather(c.model, c.layers, c.method.max_factor_dim, c.method.sharing)
+        c.facts = gather(c.model, c.layers, c.method.max_factor_dim, c.method.sharing, c.options.get("link", ""))
         c.program = c.method.build(c.facts)
         c.program.prune()
         return len(c.program)

@@ -47,6 +47,19 @@ class Bundle:
         return self.roles[0].kind
 
 
+class Due(frozenset[str]):
+    """The cadences in force in a step; for what only ``retired`` layers own, "step" alone is."""
+
+    retired: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, cadences: Iterable[str], retired: frozenset[str] = frozenset()) -> Due:
+        """These cadences, and "step"."""
+        due = cls({*cadences, STEP})
+        due.retired = retired
+        return due
+
+
 @dataclass(frozen=True)
 class Slice:
     """One compiled function: ``function(*inputs) -> list of outputs``, both described by roles.
@@ -84,18 +97,28 @@ class Lowered:
     program: Program
     kernels: dict[str, str]
     functions: dict[str, Callable[..., Any]]
-    slices: dict[tuple[frozenset[str], frozenset[Role] | None, bool], Slice] = field(default_factory=dict)
+    slices: dict[tuple[Any, ...], Slice] = field(default_factory=dict)
     bundles: dict[tuple[Role, ...], Bundle] = field(default_factory=dict)
 
     def bundle(self, roles: tuple[Role, ...]) -> Bundle:
         """The bundle of these roles."""
         return self.bundles.setdefault(roles, Bundle(roles))
 
-    def slice(self, due: Iterable[str], only: frozenset[Role] | None = None, bundled: bool = False) -> Slice:
-        """The function for a step in which ``due`` cadences are due; of ``only`` some outputs if given."""
-        key = (frozenset(due) | {STEP}, only, bundled)
+    def slice(
+        self,
+        due: Iterable[str],
+        only: frozenset[Role] | None = None,
+        bundled: bool = False,
+        retired: frozenset[str] = frozenset(),
+    ) -> Slice:
+        """The function for a step in which ``due`` cadences are due; of ``only`` some outputs if given.
+
+        retired: layers whose states change with "step" alone, see :data:`fxcurv.ir.schedule.RETIRED`.
+        """
+        now = Due.of(due, retired)
+        key = (frozenset(now), only, bundled, retired)
         if key not in self.slices:
-            self.slices[key] = cut(self, *key)
+            self.slices[key] = cut(self, now, only, bundled)
         return self.slices[key]
 
     def commits(self) -> dict[Role, tuple[tuple[str, str], ...]]:
@@ -148,9 +171,16 @@ def _own_name(name: str, function: Callable[..., Any], named: dict[str, Callable
 
 def resolve(node: fx.Node, due: frozenset[str]) -> fx.Node:
     """The value that stands for ``node`` in a slice."""
+    retired = due.retired if isinstance(due, Due) else frozenset()
     while node.target is OPS["on_due"]:
-        node = node.args[0] if node.meta["every"] in due else node.args[1]  # type: ignore[assignment]
+        takes = node.meta["every"] in due and not _is_over(node.meta["owner"], retired)
+        node = node.args[0] if takes else node.args[1]  # type: ignore[assignment]
     return node
+
+
+def _is_over(owners: Iterable[str], retired: frozenset[str]) -> bool:
+    """Whether all of a value's owners have retired."""
+    return bool(retired) and bool(owners) and retired.issuperset(owners)
 
 
 def cut(lowered: Lowered, due: frozenset[str], only: frozenset[Role] | None = None, bundled: bool = False) -> Slice:
@@ -160,6 +190,7 @@ def cut(lowered: Lowered, due: frozenset[str], only: frozenset[Role] | None = No
     statistics as inputs.
     """
     program = lowered.program
+    retired = due.retired if isinstance(due, Due) else frozenset()
     known = [node for node in program.nodes if only is not None and isinstance(node.meta.get("into"), Role)]
     outputs: dict[Role, fx.Node] = {}
     for role, value in program.outputs().items():
@@ -169,6 +200,8 @@ def cut(lowered: Lowered, due: frozenset[str], only: frozenset[Role] | None = No
         if only is not None and role not in only:
             continue
         if role.kind in ("flag", "info") and node.meta["every"] not in due:
+            continue
+        if role.kind == "flag" and node.meta["every"] != STEP and _is_over(_owners(role), retired):
             continue
         outputs[role] = node
     bundles = _stacks_of_inputs(lowered, due) if bundled else {}
@@ -209,6 +242,10 @@ def cut(lowered: Lowered, due: frozenset[str], only: frozenset[Role] | None = No
     ranged_source = head + "".join(f"    {line}\n" for line in ranges) + tail
     roles = tuple(bundles.get(node) or node.meta["into" if node in known else "role"] for node in inputs)
     return Slice(due, roles, tuple(outputs), _compiled(source, scope), source, ranged_source, scope)
+
+
+def _owners(flag: Role) -> list[str]:
+    return [key.rpartition(":")[0] for key in flag.keys]
 
 
 def _stacks_of_inputs(lowered: Lowered, due: frozenset[str]) -> dict[fx.Node, Bundle]:

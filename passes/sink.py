@@ -8,13 +8,13 @@ states, whose values are known when the backward runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
 from fxcurv.ir.op import Op, Trait
 from fxcurv.ir.program import STATISTICS, Program, Role, op_of
-from fxcurv.ir.statistic import Call, RowsOf, StateOf, parse_statistic
+from fxcurv.ir.statistic import Call, RowsOf, StateOf, Whole, parse_statistic
 from fxcurv.passes.manager import Compilation, Pass, erase
 
 
@@ -54,10 +54,16 @@ def expression_of(node: fx.Node) -> Call | RowsOf | StateOf | None:
         return parse_statistic(role.key) if role.kind == "stat" else None
     if node.op != "call_function" or not (_has(node, Trait.ADDITIVE) or _has(node, Trait.ROWWISE)):
         return None
-    operands = [expression_of(arg) if isinstance(arg, fx.Node) else None for arg in node.args]
+    operands = [_operand(arg) for arg in node.args]
     if any(operand is None for operand in operands):
         return None
     return Call(op_of(node).name, tuple(operand for operand in operands if operand is not None))
+
+
+def _operand(arg: Any) -> Call | RowsOf | StateOf | Whole | None:
+    if isinstance(arg, fx.Node):
+        return expression_of(arg)
+    return Whole(arg) if isinstance(arg, int) and not isinstance(arg, bool) and arg >= 0 else None
 
 
 def _has(node: fx.Node, trait: Trait) -> bool:

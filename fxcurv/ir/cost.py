@@ -17,7 +17,7 @@ from torch import fx
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.op import OPS, Cost, Trait
 from fxcurv.ir.program import STATISTICS, Program
-from fxcurv.ir.statistic import Call, RowsOf, StateOf, parse_statistic
+from fxcurv.ir.statistic import Call, RowsOf, StateOf, Whole, parse_statistic
 from fxcurv.ir.types import Rows, Type
 
 
@@ -107,6 +107,17 @@ def _flat_sides(result: Type, rows: int) -> list[Type]:
     return [Rows((rows, 1, groups, d), result.dtype) for d in (result.shape[-1], 1)]
 
 
+def _weighed_side(result: Type, rows: int) -> list[Type]:
+    """Rows and those whose lengths weigh them, which cost nothing beside the product."""
+    return [*_one_side(result, rows), Rows((rows, 1, _groups(result), 1), result.dtype)]
+
+
+def _block_side(result: Type, rows: int) -> list[Type]:
+    """Rows of a reduction to blocks (n, size, size): only their number of features matters, so one group is as good."""
+    size = result.shape[-1] or 1
+    return [Rows((rows, 1, 1, result.numel // size), result.dtype)]
+
+
 def _uncounted(result: Type, rows: int) -> list[Type]:
     """The number of rows costs nothing and does not say how wide they are."""
     return [Rows((rows, 1, 1, 0), result.dtype)]
@@ -121,6 +132,10 @@ READS: dict[str, Callable[[Type, int], list[Type]]] = {
     "diag_gram": _one_side,
     "row_sum": _one_side,
     "count": _uncounted,
+    "examples": _uncounted,
+    "block_gram": _block_side,
+    "weighted_gram": _weighed_side,
+    "weighted_diag_gram": _weighed_side,
     "grad_square": _two_sides,
     "second_moment": _two_sides,
     "grad_gram": _flat_sides,
@@ -140,13 +155,15 @@ def statistic_cost(key: str, type_: Type, states: Mapping[str, Type], rows: int 
     if expression.op not in READS:
         raise FxcurvError(f"the cost of the statistic '{key}' is not known: '{expression.op}' is no reduction of rows.")
     operands = iter(READS[expression.op](sized(type_, rows), rows))
-    types: list[Type] = []
+    types: list[Any] = []
     inner = Cost()
     for operand in expression.operands:
         if isinstance(operand, StateOf):
             if operand.key not in states:
                 raise FxcurvError(f"the statistic '{key}' reads the state '{operand.key}', which does not exist.")
             types.append(states[operand.key])
+        elif isinstance(operand, Whole):
+            types.append(operand.value)
         else:
             types.append(next(operands))
             inner = inner + _rowwise(operand, types[-1])

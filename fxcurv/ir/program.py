@@ -264,6 +264,12 @@ class Builder:
             raise FxcurvError(f"{role} is yielded twice.")
         self._outputs[role] = value
 
+    def given(self, kind: str, key: str) -> fx.Node:
+        """The value of an output that was added before; raises :class:`FxcurvError` if none was."""
+        if Role(kind, key) not in self._outputs:
+            raise FxcurvError(f"{Role(kind, key)} is read before it is yielded; emit what yields it first.")
+        return self._outputs[Role(kind, key)]
+
     def finish(self) -> Program:
         """Close the program."""
         output = self.program.graph.output(tuple(self._outputs.values()))

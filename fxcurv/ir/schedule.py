@@ -8,6 +8,9 @@ for any other that is told to refresh: what a later refresh follows from there. 
 from __future__ import annotations
 
 FIRST = "refresh_first"
+RETIRED = "retired"
+"""The part of a state ``fc.retired`` which says, once it is 1, that no state that only layer fc reads changes any more
+with statistics or a refresh. The run time then stops to measure and to refresh that layer."""
 NEVER = 10**9  # the period of what is not repeated
 
 

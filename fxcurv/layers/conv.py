@@ -36,10 +36,7 @@ class ConvForm(Form):
 
     def rows_a(self, x: Tensor, *aux: Tensor) -> Tensor:
         """See :meth:`Form.rows_a`; x (b, C_in, *spatial) or (C_in, *spatial), rows are patches."""
-        x = self.batched(x)
-        pads = [side for pair in reversed(self.pads) for side in pair]
-        if any(pads):
-            x = F.pad(x, pads, mode="constant" if self.mode == "zeros" else self.mode)
+        x = self._padded(x)
         axes = range(len(self.kernel))
         for k in axes:
             reach = self.dilation[k] * (self.kernel[k] - 1) + 1
@@ -54,6 +51,34 @@ class ConvForm(Form):
         g = self.batched(g)
         positions = math.prod(g.shape[2:])
         return g.reshape(g.shape[0], self.groups, self.d_out, positions).permute(0, 3, 1, 2)
+
+    @property
+    def taps(self) -> int:
+        """See :attr:`Form.taps`."""
+        return math.prod(self.kernel)
+
+    def channel_gram(self, x: Tensor) -> Tensor:
+        """Sum over patches, mean over taps of p p^T, p = [channels; 1], (groups, C + 1, C + 1), without making a patch.
+
+        x: as in :meth:`rows_a`. A pixel counts as often as patches hold it.
+        """
+        x = self._padded(x)
+        counts = torch.ones((), dtype=torch.float64)
+        places = zip(x.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
+        for size, kernel, stride, dilation in places:
+            first = torch.arange(0, size - dilation * (kernel - 1), stride)
+            held = (first[:, None] + dilation * torch.arange(kernel)).flatten().bincount(minlength=size)
+            counts = counts[..., None] * held
+        root = (counts / self.taps).sqrt().to(x).flatten()
+        pixels = x.flatten(2).unflatten(1, (self.groups, -1)).transpose(0, 1)  # (groups, b, C, pixels)
+        pixels = torch.cat([pixels * self.scale, torch.ones_like(pixels[:, :, :1])], 2) * root
+        pixels = pixels.transpose(1, 2).flatten(2)
+        return pixels @ pixels.mT
+
+    def _padded(self, x: Tensor) -> Tensor:
+        x = self.batched(x)
+        pads = [side for pair in reversed(self.pads) for side in pair]
+        return F.pad(x, pads, mode="constant" if self.mode == "zeros" else self.mode) if any(pads) else x
 
     def batched(self, tensor: Tensor) -> Tensor:
         """The tensor with a batch axis."""

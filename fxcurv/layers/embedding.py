@@ -79,10 +79,12 @@ class EmbeddingForm(Form):
 
     def input_counts(self, x: Tensor, dtype: torch.dtype = torch.float32, *aux: Tensor) -> Tensor:
         """Diagonal of the input Gram, shape (num_embeddings,): how often each index occurs, times ``scale`` squared."""
-        weights = self.valid(x).reshape(-1).to(dtype) * self.scale**2
-        return torch.zeros(self.d_in, dtype=dtype, device=x.device).scatter_add_(
-            0, self._indices(x).reshape(-1), weights
-        )
+        return self.weighted_counts(x, self.valid(x).to(dtype))
+
+    def weighted_counts(self, x: Tensor, weights: Tensor) -> Tensor:
+        """The same of rows with a weight each, (b, s), 0 where a position carries no gradient."""
+        counts = torch.zeros(self.d_in, dtype=weights.dtype, device=x.device)
+        return counts.scatter_add_(0, self._indices(x).reshape(-1), weights.reshape(-1) * self.scale**2)
 
     def product(self, x: Tensor, g: Tensor, *aux: Tensor) -> Tensor:
         """See :meth:`Form.product`; adds rows by index instead of multiplying by one-hot rows."""

@@ -51,6 +51,11 @@ class Form(ABC):
     def rows_g(self, g: Tensor) -> Tensor:
         """Output-gradient rows, shape (b, s, groups, d_out), from a gradient shaped like the product."""
 
+    @property
+    def taps(self) -> int:
+        """K where the inputs of a row are those of C channels at K places, channel-major; 1 elsewhere."""
+        return 1
+
     def loose_rows_a(self, x: Tensor, *aux: Tensor) -> Tensor | None:
         """Input rows without the constant coordinate, (n, m, 1, inputs) in any order, for a sum over them.
 

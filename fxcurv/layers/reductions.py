@@ -71,6 +71,54 @@ def token_counts(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Ten
     return form.input_counts(x, g.dtype, *aux) if isinstance(form, (EmbeddingForm, BagForm)) else None
 
 
+@reduction("weighted_diag_gram(a, g)")
+def token_weights(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
+    """Squared lengths of an embedding's output gradients, added up by index."""
+    if not isinstance(form, EmbeddingForm):
+        return None
+    return form.weighted_counts(x, form.used_rows_g(x, g).square().sum((2, 3)))
+
+
+@reduction("weighted_gram(g, a)")
+def gram_of_lookups(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
+    """Output-gradient Gram of an embedding, whose one-hot rows are all of one length."""
+    if not isinstance(form, EmbeddingForm):
+        return None
+    rows = form.used_rows_g(x, g).reshape(-1, form.d_out)
+    return rows.mT @ rows * form.scale**2
+
+
+@reduction("weighted_diag_gram(g, a)")
+def squares_of_lookups(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
+    """The diagonal of the same."""
+    if not isinstance(form, EmbeddingForm):
+        return None
+    return form.used_rows_g(x, g).square().sum((0, 1, 2)) * form.scale**2
+
+
+@reduction("row_sum(a)")
+def sum_of_rows(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
+    """Sum of a convolution's patches: the patches of the summed image. Of one-hot rows: how often each index occurs."""
+    if isinstance(form, EmbeddingForm):
+        return form.input_counts(x, g.dtype, *aux) / form.scale
+    if not isinstance(form, ConvForm):
+        return None
+    images = form.batched(x)
+    total = form.rows_a(images.sum(0, keepdim=True)).sum((0, 1))
+    if form.bias:  # the constant is not part of the image
+        total = torch.cat([total[:, :-1], total[:, -1:] * images.shape[0]], 1)
+    return total.squeeze(0) if form.groups == 1 else total
+
+
+@reduction("channel_gram(a, #)")
+def gram_of_pixels(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
+    """Channel moments of a convolution's patches, straight from the image."""
+    if not isinstance(form, ConvForm):
+        return None
+    total = form.channel_gram(x)
+    return total.squeeze(0) if form.groups == 1 else total
+
+
 @reduction("grad_square(a, g)")
 def squares(form: Form, x: Tensor, g: Tensor, aux: Aux, states: Aux) -> Tensor | None:
     """Squared per-example gradients of an embedding, Mat[embedding_dim, num_embeddings], or of single entries."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fxcurv.ir.op import OPS
 from fxcurv.ir.ranges import profiling, ranged, title
-from fxcurv.ir.statistic import Call, RowsOf, StateOf, evaluate, leaves
+from fxcurv.ir.statistic import Call, RowsOf, StateOf, Whole, evaluate, leaves
 from fxcurv.layers.form import Form
 
 Reduction = Callable[[Form, Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]], "Tensor | None"]
@@ -117,10 +117,12 @@ def bordered(gram: Tensor, rows: Tensor) -> Tensor:
     return full
 
 
-def pattern(expression: Call | RowsOf | StateOf) -> str:
-    """The expression without layer names: ``gram(fc.a)`` gives ``gram(a)``."""
+def pattern(expression: Call | RowsOf | StateOf | Whole) -> str:
+    """The expression without layer names and sizes: ``block_gram(fc.a, 128)`` gives ``block_gram(a, #)``."""
     if isinstance(expression, Call):
         return f"{expression.op}({', '.join(pattern(operand) for operand in expression.operands)})"
+    if isinstance(expression, Whole):
+        return "#"
     return expression.side[0] if isinstance(expression, RowsOf) else "$"
 
 

@@ -6,10 +6,25 @@ is H on average; and how many loss terms N the user's scalar was divided by. The
 their unit everywhere; division by N is left to the caller.
 """
 
+from fxcurv.losses.actor_critic import CategoricalActorCritic, GaussianActorCritic
 from fxcurv.losses.base import Loss
 from fxcurv.losses.cross_entropy import CrossEntropy
 from fxcurv.losses.elementwise import BCE, MSE, Gaussian
+from fxcurv.losses.euclidean import Euclidean
 from fxcurv.losses.resolve import LOSSES, resolve_loss
 from fxcurv.losses.semi_supervised import SemiSupervised, strength
 
-__all__ = ["BCE", "LOSSES", "MSE", "CrossEntropy", "Gaussian", "Loss", "SemiSupervised", "resolve_loss", "strength"]
+__all__ = [
+    "BCE",
+    "LOSSES",
+    "MSE",
+    "CategoricalActorCritic",
+    "CrossEntropy",
+    "Euclidean",
+    "Gaussian",
+    "GaussianActorCritic",
+    "Loss",
+    "SemiSupervised",
+    "resolve_loss",
+    "strength",
+]

@@ -88,6 +88,11 @@ class Loss(ABC):
 
     # What a loss says about itself.
     @property
+    def link(self) -> str:
+        """Name of the function f of the outputs with gradient f(outputs) - targets in each term, up to its weight."""
+        return "identity"
+
+    @property
     @abstractmethod
     def needs_targets(self) -> bool:
         """Whether terms are weighted or dropped by their target, so that curvature needs ``targets`` (or ``mask``)."""

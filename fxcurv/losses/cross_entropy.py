@@ -48,6 +48,10 @@ class CrossEntropy(Loss):
             raise FxcurvError(f"CrossEntropy(label_smoothing={self.label_smoothing}) must lie between 0 and 1.")
 
     @property
+    def link(self) -> str:
+        return "softmax"
+
+    @property
     def needs_targets(self) -> bool:
         return self.weight is not None or self.ignore_index is not None
 

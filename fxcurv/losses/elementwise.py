@@ -90,6 +90,10 @@ class BCE(_Elementwise):
             object.__setattr__(self, name, weight_tensor("BCE", name, getattr(self, name)))
 
     @property
+    def link(self) -> str:
+        return "sigmoid"
+
+    @property
     def needs_targets(self) -> bool:
         return self.pos_weight is not None
 

@@ -54,6 +54,10 @@ class SemiSupervised(Loss):
         object.__setattr__(self, "labelled", mask.detach().clone())
 
     @property
+    def link(self) -> str:
+        return "softmax"
+
+    @property
     def needs_targets(self) -> bool:
         return True
 

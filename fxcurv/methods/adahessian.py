@@ -62,6 +62,13 @@ def adahessian(o: SimpleNamespace) -> Method:
     between probes. The block mean is taken of D itself, as the paper writes it, not of |D|. The paper's learning rate
     0.15 (image classification, with a schedule) overshoots in the first steps, where D is near 0: the default is lower.
 
-    Source: Yao et al. 2020, equations 4-11.
+    epsilon: added to the root. blocks: whether to average over the kernel elements.
+
+    Cost: one product with the Hessian in every step with statistics, that is a second backward pass through the first
+    (about two plain steps), and Adam's operations; memory three numbers a parameter, and the graph of the first
+    backward pass while the product runs. Choose it over adam where curvature differs much between parameters and is not
+    told by gradients; over kfac for models whose layers it cannot see, and for its memory.
+
+    Source: Yao et al. 2020, equations 4-11; betas, epsilon and hessian_power as there, the learning rate ours.
     """
     return Method(name="adahessian", source=Source("hessian"), scope=HutchinsonDiagonal(o.blocks))

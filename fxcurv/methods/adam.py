@@ -40,8 +40,12 @@ def adaptive(
 def adam(o: SimpleNamespace) -> Method:
     """Adam: divide the averaged gradient by the root of the averaged squared gradient.
 
-    U = mh / (sqrt(vh) + epsilon); momentum is inside, so the optimizer adds none.
+    U = mh / (sqrt(vh) + epsilon) with m = beta1 m + (1 - beta1) V, v = beta2 v + (1 - beta2) V^2, mh = m / (1 -
+    beta1^k) and vh = v / (1 - beta2^k) after k steps; momentum is inside, so the optimizer adds none.
 
-    Source: Kingma & Ba 2014, algorithm 1.
+    Cost: a handful of operations a parameter; memory two numbers a parameter. Choose it as the baseline of adaptive
+    methods, and where a step has to be cheap; over diag for gradients without examples.
+
+    Source: Kingma & Ba 2014, algorithm 1, with the paper's defaults.
     """
     return Method(name="adam", source=Source("gradient"), scope=Moments())

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 from fxcurv.errors import FxcurvError
 from fxcurv.methods.method import Method, Source
-from fxcurv.methods.parts.damp import Tikhonov
 from fxcurv.methods.parts.estimate import Kron
 from fxcurv.methods.parts.rescale import rescaling
+from fxcurv.methods.parts.schemes import SPECTRAL, scheme
 from fxcurv.methods.parts.scope import Layers
 from fxcurv.methods.parts.solve import Corrected
 from fxcurv.methods.parts.track import EMA
@@ -17,7 +17,19 @@ from fxcurv.methods.registry import published
 BASES = ("eigh", "qr")
 
 
-@published("ekfac", papers=(5,), fisher="mc", fisher_samples=1, damping=1e-3, ema=0.95, kl_clip=1e-3, basis="eigh")
+@published(
+    "ekfac",
+    papers=(5,),
+    fisher="mc",
+    fisher_samples=1,
+    damping=1e-3,
+    damping_scheme="eigenvalue",
+    trace_floor=1e-3,
+    ema=0.95,
+    kl_clip=1e-3,
+    rescale="kl",
+    basis="eigh",
+)
 def ekfac(o: SimpleNamespace) -> Method:
     """EKFAC: precondition in K-FAC's eigenbasis with the second moment of every example's gradient measured there.
 
@@ -26,9 +38,16 @@ def ekfac(o: SimpleNamespace) -> Method:
     eigenvalue products: with solve_every=1 this is K-FAC with eigenvalue damping), S follows every batch. No diagonal
     in this basis is closer to the Fisher in Frobenius norm. basis: "eigh" decomposes the factors at every refresh; "qr"
     at the first, and then follows them by one step of orthogonal iteration, with S restarting as before
-    (``due(refresh=True)`` decomposes again).
+    (``due(refresh=True)`` decomposes again). damping_scheme: "eigenvalue" as above; "floor", max(S, damping);
+    "relative", damping times the mean of S, at least trace_floor / dim S; "mask", no step where S < 1e-10 max S.
 
-    Source: George et al. 2018, sections 3-4; the tracked basis as in Vyas et al. 2024 (SOAP), algorithm 4.
+    Cost: kfac's statistics, and n d_in d_out (d_in + d_out) more for S, which sees the rows themselves; d_in^3 +
+    d_out^3 at a refresh, times the constant of an eigendecomposition with "eigh"; four products a step in place of two.
+    Memory: two more matrices of the factors' sizes, and one of d_in d_out. Choose it over kfac where the curvature's
+    diagonal in the basis moves faster than the basis does, with a long solve_every.
+
+    Source: George et al. 2018, sections 3-4; the tracked basis as in Vyas et al. 2024 (SOAP), algorithm 4. Damping, the
+    moving average and the KL clip are those of kfac.
     """
     if o.basis not in BASES:
         raise FxcurvError(f"basis='{o.basis}' is unknown; choose one of {', '.join(BASES)}.")
@@ -38,7 +57,7 @@ def ekfac(o: SimpleNamespace) -> Method:
         scope=Layers(),
         estimate=Kron(),
         track=EMA(),
-        damp=Tikhonov(),
+        damp=scheme(o.damping_scheme, SPECTRAL)[0],
         solve=Corrected(o.basis),
         rescale=rescaling(o),
     )

@@ -17,6 +17,7 @@ from fxcurv.ir.program import Builder
 from fxcurv.ir.types import Rows, Scalar, Tensor
 from fxcurv.layers.layer import Layer
 from fxcurv.layers.region import Place
+from fxcurv.layers.sequence import followers
 
 SEQUENCES = ("linear", "recurrent")  # kinds of layers whose positions may be the steps of a sequence
 
@@ -34,7 +35,11 @@ class Target:
     where a loop applies the weight anew at each step. dtype: of the program's values for this layer. stored_weight,
     stored_bias: shapes of these parts of the parameters where they are not weight_shape and (groups * d_out,).
     activation: name of the one elementwise function that the layer's only output goes through ("identity" for none),
-    "" where it is something else. feeds: the one layer whose input is the output of that function, "" for none.
+    "" where it is something else (see :mod:`fxcurv.layers.sequence`); where the output is the model's, the loss's own
+    function, "softmax" say. feeds: the one layer whose input is the output of that function, "" for none. last: whether
+    its output is the model's. aligned: whether the output rows, behind that function, are the input rows of what it
+    feeds, in the same order of rows and features. convolution: whether it is one, transposed ones included: its
+    positions are pixels. taps: K where the features of a row are those of C channels at K places, channel-major.
     """
 
     name: str
@@ -57,6 +62,10 @@ class Target:
     output: str = ""
     activation: str = ""
     feeds: str = ""
+    last: bool = False
+    aligned: bool = False
+    convolution: bool = False
+    taps: int = 1
 
     def rows(self, b: Builder, side: str, alone: bool = False) -> fx.Node:
         """Rows of one side as a statistic input: "a", "g", or "a2", "g2" of the swapped uses.
@@ -139,8 +148,10 @@ def _stored(
     return None if shape == usual else shape
 
 
-def gather(model: nn.Module, layers: Iterable[Layer], max_factor_dim: int, sharing: str) -> Facts:
-    """The facts of a model whose ``layers`` are to be preconditioned."""
+def gather(model: nn.Module, layers: Iterable[Layer], max_factor_dim: int, sharing: str, link: str = "") -> Facts:
+    """The facts of a model whose ``layers`` are to be preconditioned; ``link``: the loss's own function, if known."""
+    layers = tuple(layers)
+    following = followers(layers, model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     first: dict[object, str] = {}
     first_out: dict[object, str] = {}
@@ -148,6 +159,7 @@ def gather(model: nn.Module, layers: Iterable[Layer], max_factor_dim: int, shari
     for layer in layers:
         form = layer.form
         plain = tuple(use for use in layer.uses if not use.swapped)
+        after = following[layer.name]
         targets.append(
             Target(
                 name=layer.name,
@@ -168,6 +180,12 @@ def gather(model: nn.Module, layers: Iterable[Layer], max_factor_dim: int, shari
                 swapped=len(plain) < len(layer.uses),
                 sequential=len(layer.uses) == 1 and layer.kind in SEQUENCES,
                 dtype=program_dtype(parameters[layer.params[0]].dtype),
+                activation=link if link and after.last and form.groups == 1 else after.activation,
+                feeds=after.feeds,
+                last=after.last,
+                aligned=after.aligned,
+                convolution=layer.kind.startswith("conv"),
+                taps=form.taps,
             )
         )
     dtypes = {program_dtype(p.dtype) for p in parameters.values()}

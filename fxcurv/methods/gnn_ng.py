@@ -11,13 +11,14 @@ from fxcurv.errors import FxcurvError
 from fxcurv.ir.program import Builder
 from fxcurv.methods.facts import Facts, Target
 from fxcurv.methods.kfac import kfac
-from fxcurv.methods.method import Estimate, Method, curvature_weight, loss_terms
-from fxcurv.methods.parts.estimate import moment
+from fxcurv.methods.method import Method, curvature_weight, loss_terms
+from fxcurv.methods.parts.estimate import Kron, moment
+from fxcurv.methods.parts.schemes import SPECTRAL, scheme
 from fxcurv.methods.registry import published
 
 
 @dataclass(frozen=True)
-class Nodes(Estimate):
+class Nodes(Kron):
     """A = sum over all nodes of a a^T / N and G = sum of g g^T / N, with N the number of loss terms.
 
     K-FAC would divide A by the number of nodes; the two agree when every node has a loss of weight 1.
@@ -36,10 +37,12 @@ class Nodes(Estimate):
     fisher_samples=1,
     damping=0.01,
     damping_scheme="sqrt",
+    trace_floor=1e-3,
     ema=0.0,
     factor_every=50,
     solve_every=50,
     kl_clip=None,
+    rescale="kl",
     lr=0.01,
 )
 def gnn_ng(o: SimpleNamespace) -> Method:
@@ -50,7 +53,8 @@ def gnn_ng(o: SimpleNamespace) -> Method:
     G = (1/N) sum_i g_i g_i^T of the gradients g_i of the total loss at the layer's output, over all nodes; unlabelled
     ones enter with predicted labels, N = labelled + strength * unlabelled. U = (G + sqrt(damping) I)^-1 V
     (A + sqrt(damping) I)^-1. fisher: "empirical" as in the paper, on true and predicted labels; "mc" and "ggn" take
-    the labels from the model. damping_scheme: "sqrt" (pi = 1, as in the paper's experiments), "pi", "eigenvalue".
+    the labels from the model. damping_scheme: "sqrt" (pi = 1, as in the paper's experiments), "pi", "eigenvalue",
+    "floor", "relative" or "mask", see kfac.
 
     The loss is :class:`fxcurv.losses.SemiSupervised`, with :func:`fxcurv.losses.strength` for the growth of the weight;
     any loss whose terms are nodes will do (cross-entropy, gaussian). A layer that aggregates after its product,
@@ -68,4 +72,6 @@ def gnn_ng(o: SimpleNamespace) -> Method:
     """
     if o.sharing != "expand":
         raise FxcurvError("'gnn_ng' takes nodes as examples; for whole graphs use method 'kfac' with sharing='reduce'.")
-    return replace(kfac.compose(o), name="gnn_ng", estimate=Nodes(), aggregated=True)
+    scheme(o.damping_scheme, ("pi", "sqrt", *SPECTRAL))  # A is no average over rows, so none is to be undone
+    method = kfac.compose(SimpleNamespace(**{**kfac.defaults, **vars(o)}))
+    return replace(method, name="gnn_ng", estimate=Nodes(), aggregated=True)

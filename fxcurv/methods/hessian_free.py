@@ -56,9 +56,18 @@ def hessian_free(o: SimpleNamespace) -> Method:
     Solves (G + damping I) x = -g from zeta times the last solution, stops on the relative progress of the quadratic
     model, keeps iterates at 1.3^j, takes the best of them by the true loss, searches the step length and adapts the
     damping by the ratio of true to predicted decrease (Levenberg-Marquardt). Only through ``fxcurv.optimizer``, with a
-    closure and a batch large enough for curvature.
+    closure and a batch large enough for curvature. iterations: at most of conjugate gradients. tolerance: relative
+    progress of the model per iteration, over the last tenth of them, below which they stop. zeta: what is left of the
+    last solution as the next start. Options of the optimizer: backtrack, armijo, tries, raise_damping, lower_damping,
+    min_damping.
 
-    Source: Martens 2010, sections 3-4; Martens & Sutskever 2012 for zeta.
+    Cost: up to iterations products with the curvature a step, each about two plain backward passes, and a forward pass
+    for every iterate and step length tried; memory some tens of vectors of the network's size (the kept iterates), no
+    factor of any layer. Choose it for small networks on large batches, where a few very good steps are worth seconds
+    each; over kfac where layers do not decouple. On small batches it fits their noise.
+
+    Source: Martens 2010, sections 3-4; Martens & Sutskever 2012 for zeta. Tolerance and
+    iterations are those of the first paper; its damping depends on the problem, 1 is that of public implementations.
     """
     return Method(
         name="hessian_free",

@@ -7,20 +7,19 @@ from types import SimpleNamespace
 from fxcurv.errors import FxcurvError
 from fxcurv.methods.method import Estimate, Method, Solve, Source
 from fxcurv.methods.parts.chain import Lagged, Stationary, Symmetric
-from fxcurv.methods.parts.damp import PiSplit
 from fxcurv.methods.parts.estimate import Kron
 from fxcurv.methods.parts.rescale import rescaling
+from fxcurv.methods.parts.schemes import FACTORED, SCHEMES, scheme
 from fxcurv.methods.parts.scope import Layers
-from fxcurv.methods.parts.solve import Inverse
 from fxcurv.methods.parts.track import EMA
 from fxcurv.methods.registry import published
 
-TEMPORAL: dict[str, tuple[Estimate, Solve]] = {
-    "independent": (Kron(), Inverse()),
+TEMPORAL: dict[str, tuple[Estimate, Solve | None]] = {
+    "independent": (Kron(), None),
     "symmetric": (Lagged(lengths=True), Symmetric()),
     "stationary": (Lagged(), Stationary()),
 }
-"""What is assumed about a gradient at different times; options 0, 1 and 2 of the paper."""
+"""What is assumed about a gradient at different times; options 0, 1, 2 of the paper. ``None``: the scheme's solve."""
 
 
 @published(
@@ -30,8 +29,11 @@ TEMPORAL: dict[str, tuple[Estimate, Solve]] = {
     fisher="mc",
     fisher_samples=1,
     damping=1e-3,
+    damping_scheme="pi",
+    trace_floor=1e-3,
     ema=0.95,
     kl_clip=1e-3,
+    rescale="kl",
     solve_every=5,
 )
 def kfac_rnn(o: SimpleNamespace) -> Method:
@@ -48,12 +50,13 @@ def kfac_rnn(o: SimpleNamespace) -> Method:
       Z = V - P_G V P_A^T; Z <- K_G [(K_G^T Z K_A) / (1 - mu_G mu_A^T)] K_A^T; U = Z - P_G^T Z P_A,
       P = C1^T C^-1, K = C^-1/2 E, C^-1/2 C1 C^-1/2 = . diag(sqrt mu) E^T for C = A, G.
 
-    C is A + pi sqrt(damping) I or G + sqrt(damping)/pi I with the trace-norm pi; C1 is not damped. The examples of a
-    layer's rows are sequences and its positions their steps in order: nn.RNN, nn.LSTM and nn.GRU in any layout, and
-    linear layers on (batch, time, features). With one position all three are K-FAC. They are, too, for convolutions,
-    norms and embeddings, for a weight applied anew at each step of a Python loop, and beyond max_factor_dim. Padding
-    counts as time in the normaliser and in T (mask the loss); for batches of several T "symmetric" takes the two whole
-    numbers around their mean.
+    C is A + pi sqrt(damping) I or G + sqrt(damping)/pi I with the trace-norm pi, or as damping_scheme "sqrt" or
+    "replicated" has it ("independent" takes kfac's others as well: a chain needs C itself); C1 is not damped. The
+    examples of a layer's rows are sequences and its positions their steps in order: nn.RNN, nn.LSTM and nn.GRU in any
+    layout, and linear layers on (batch, time, features). With one position all three are K-FAC. They are, too, for
+    convolutions, norms and embeddings, for a weight applied anew at each step of a Python loop, and beyond
+    max_factor_dim. Padding counts as time in the normaliser and in T (mask the loss); for batches of several T
+    "symmetric" takes the two whole numbers around their mean.
 
     Cost: twice K-FAC's factors and statistics, two eigendecompositions a factor at each refresh, and 4 ("symmetric") or
     8 products a step in place of 2. Choose it over kfac for recurrent layers on long, strongly correlated sequences.
@@ -68,6 +71,7 @@ def kfac_rnn(o: SimpleNamespace) -> Method:
             f"temporal='{o.temporal}' follows positions through time, which sharing='{o.sharing}' sums over; leave "
             "sharing='expand', or choose temporal='independent'."
         )
+    damp, inverse = scheme(o.damping_scheme, SCHEMES if o.temporal == "independent" else FACTORED)
     estimate, solve = TEMPORAL[o.temporal]
     return Method(
         name="kfac_rnn",
@@ -75,7 +79,7 @@ def kfac_rnn(o: SimpleNamespace) -> Method:
         scope=Layers(),
         estimate=estimate,
         track=EMA(),
-        damp=PiSplit(),
-        solve=solve,
+        damp=damp,
+        solve=solve or inverse,
         rescale=rescaling(o),
     )

@@ -23,13 +23,18 @@ SOURCES = {
     "mc": "labels sampled from the model's own predictions (unbiased for the GGN)",
     "ggn": "exact Gauss-Newton: one backward pass for every output column and position",
     "ggn_signs": "one backward pass for every output column, random signs over rows (unbiased)",
+    "logits": "as ggn, with the identity for the Hessian of the loss in the outputs (K-FAC-G)",
+    "logits_mc": "the same by standard normal columns at the outputs (unbiased)",
     "empirical": "the gradients of the training loss itself",
     "gradient": "none: only the parameter gradient is used",
     "hessian": "products with the Hessian of the training loss",
     "ggn_product": "products with the generalised Gauss-Newton matrix of the training loss",
 }
 
-WEIGHTS_OF_OLD = ("ema", "beta1", "beta2")
+EUCLIDEAN = {"logits": "ggn", "logits_mc": "mc"}
+"""Sources with the identity for the Hessian of the loss, and those whose columns they are otherwise like."""
+
+WEIGHTS_OF_OLD = ("ema", "ema_spectrum", "beta1", "beta2")
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,22 @@ class Source:
     @property
     def taps(self) -> bool:
         """Whether statistics of layers are captured."""
-        return self.kind in ("mc", "ggn", "ggn_signs", "empirical")
+        return self.columns or self.kind == "empirical"
+
+    @property
+    def columns(self) -> bool:
+        """Whether ``model.backward`` runs columns of its own from the outputs, for which it has to know the loss."""
+        return self.passes in ("mc", "ggn", "ggn_signs")
+
+    @property
+    def passes(self) -> str:
+        """How columns are made: a source in the Euclidean metric of the outputs makes them as its model does."""
+        return EUCLIDEAN.get(self.kind, self.kind)
+
+    @property
+    def euclidean(self) -> bool:
+        """Whether outputs are measured by their Euclidean norm in place of the loss's Hessian."""
+        return self.kind in EUCLIDEAN
 
 
 @dataclass(frozen=True)
@@ -84,10 +104,15 @@ class Estimate(ABC):
     def measure(self, b: Builder, facts: Facts, target: Target) -> dict[str, fx.Node]:
         """Parts of the estimate by name ("A", "G", ...), normalised to the mean loss."""
 
+    def scale(self, b: Builder, parts: dict[str, fx.Node]) -> fx.Node | None:
+        """The number c (or one a group) with which c kron(G, A) is the estimate; ``None`` for 1."""
+        return None
+
     def block(self, parts: dict[str, Tensor]) -> Tensor | None:
         """The dense matrix that a layer's states stand for, undamped, (..., d_out d_in, d_out d_in) in row-major order.
 
-        parts: the layer's states by name ("A", "G", ...). ``None`` where the estimate alone does not say.
+        parts: the layer's states by name ("A", "G", ...), and as "shape" the whole numbers (groups, d_out, d_in, whether
+        the last input is constant). ``None`` where the estimate alone does not say.
         """
         return None
 
@@ -101,11 +126,27 @@ class Track(ABC):
 
 
 class Damp(ABC):
-    """Abstract: how much is added to each factor."""
+    """Abstract: how much is added to the curvature of a layer, and where."""
 
     @abstractmethod
     def split(self, b: Builder, facts: Facts, factors: dict[str, fx.Node]) -> dict[str, fx.Node]:
         """Damping of every factor."""
+
+    def divide(self, b: Builder, facts: Facts, value: fx.Node, spectrum: fx.Node) -> fx.Node:
+        """A gradient in an eigenbasis of the whole block over the block's damped spectrum, elementwise."""
+        return b.damped_divide(value, spectrum, hyper(b, facts, "damping"))
+
+    def measure(self, b: Builder, facts: Facts, target: Target) -> dict[str, fx.Node]:
+        """Statistics that it needs beside the estimate's, by name; tracked with them."""
+        return {}
+
+    def at(self, facts: Facts, target: Target) -> Damp:
+        """The damping of one layer, where layers differ."""
+        return self
+
+    def order(self, targets: tuple[Target, ...]) -> tuple[Target, ...]:
+        """The layers in the order in which their directions are written: after those whose damping theirs follows."""
+        return targets
 
 
 class Solve(ABC):
@@ -123,19 +164,26 @@ class Solve(ABC):
 
 
 class Rescale(ABC):
-    """Abstract: a common factor on all directions."""
+    """Abstract: a factor on every direction."""
 
     @abstractmethod
-    def factor(self, b: Builder, facts: Facts, pairs: list[tuple[fx.Node, fx.Node]]) -> fx.Node:
-        """A scalar from pairs of (direction, gradient)."""
+    def factors(self, b: Builder, facts: Facts, pairs: list[tuple[fx.Node, fx.Node]]) -> list[fx.Node]:
+        """A scalar for each of the pairs of (direction, gradient); one node for all where the factor is common."""
+
+
+DECAYS = {
+    "decoupled": "theta - lr (direction + weight_decay theta): outside preconditioner, KL clip and momentum",
+    "l2": "weight_decay theta is added to the gradient, and preconditioned with it",
+}
 
 
 @dataclass(frozen=True)
 class Rule:
     """What ``fxcurv.optimizer`` does with a direction.
 
-    kind: "step" for momentum and a learning rate; "newton" for a whole-optimizer method driven by a closure.
-    options: further options of that kind with their defaults.
+    kind: "step" for momentum and a learning rate; "quadratic" for a step that the exact quadratic model of the loss
+    decides; "newton" for a whole-optimizer method. The last two are driven by a closure.
+    options: further options of that kind with their defaults. decay: how ``weight_decay`` acts, a key of DECAYS.
     """
 
     kind: str = "step"
@@ -143,6 +191,13 @@ class Rule:
     weight_decay: float = 0.0
     nesterov: bool = False
     options: dict[str, Any] = field(default_factory=dict)
+    decay: str = "decoupled"
+
+    def __post_init__(self) -> None:
+        if self.decay not in DECAYS:
+            raise FxcurvError(f"decay='{self.decay}' is unknown; choose one of {', '.join(DECAYS)}.")
+        if self.decay == "l2" and self.kind == "newton":
+            raise FxcurvError("decay='l2' is for methods that take steps along a direction; put the penalty in the loss.")
 
 
 @dataclass(frozen=True)
@@ -177,6 +232,11 @@ class Method:
                 raise FxcurvError(f"{name}={value} must not be negative.")
             if name in WEIGHTS_OF_OLD and value > 1:
                 raise FxcurvError(f"{name}={value} is the weight of the old value in an average: at most 1.")
+
+    @property
+    def exact_products(self) -> bool:
+        """Whether a step takes products with the exact Gauss-Newton matrix of its batch."""
+        return self.source.kind == "ggn_product" or self.rule.kind == "quadratic"
 
     def block(self, parts: dict[str, Tensor]) -> Tensor | None:
         """The dense curvature that a layer's states stand for; see :meth:`Estimate.block`."""

@@ -21,10 +21,20 @@ COMMON: dict[str, Any] = {
     "lr": 0.1,  # learning rate that the KL clip assumes; fxcurv.optimizer supplies its own
     "momentum": 0.9,  # of fxcurv.optimizer
     "nesterov": False,  # whether fxcurv.optimizer looks ahead by its momentum
-    "weight_decay": 0.0,  # decoupled, of fxcurv.optimizer
+    "weight_decay": 0.0,  # of fxcurv.optimizer
+    "decay": "decoupled",  # "l2": weight_decay times the weights is added to the gradient, before the preconditioner
+    "step": "fixed",  # of fxcurv.optimizer: lr and momentum; "quadratic": both from an exact quadratic model
     "seed": 0,  # of label sampling and probes
 }
-RUN_TIME = ("damping", "ema", "kl_clip", "lr", "epsilon", "beta1", "beta2", "hessian_power", "zeta")
+RUN_TIME = (
+    *("damping", "trace_floor", "ema", "ema_spectrum", "kl_clip", "lr"),
+    *("epsilon", "beta1", "beta2", "hessian_power", "zeta"),
+)
+STEPS: dict[str, dict[str, Any]] = {
+    "fixed": {},
+    "quadratic": {"damping": 150.0, "solve_every": 20, "kl_clip": None},
+}
+"""Kinds of steps with the defaults that they change in a method that has them (Martens & Grosse 2015: lambda_0, T3)."""
 PUBLISHED: dict[str, Published] = {}
 
 
@@ -55,11 +65,17 @@ class Published:
         if unknown:
             known = ", ".join(sorted(self.defaults))
             raise FxcurvError(f"method '{self.name}' has no hyper-parameter '{unknown[0]}'; it has {known}.")
-        o = SimpleNamespace(**{**self.defaults, **hyper})
+        step = hyper.get("step", self.defaults["step"])
+        if step not in STEPS:
+            raise FxcurvError(f"step='{step}' is unknown; choose one of {', '.join(STEPS)}.")
+        other = {} if step == self.defaults["step"] else STEPS[step]  # a method's own defaults are for its own step
+        changed = {name: value for name, value in other.items() if name in self.defaults}
+        o = SimpleNamespace(**{**self.defaults, **changed, **hyper})
         method = self.compose(o)
         for name, default in self.defaults.items():
             value = getattr(o, name)
-            if isinstance(default, (int, float)) and value is not None and not isinstance(value, (int, float)):
+            numeric = isinstance(default, (int, float)) or name in RUN_TIME
+            if numeric and value is not None and not isinstance(value, (int, float)):
                 raise FxcurvError(f"{name}={value!r} of method '{self.name}' must be a number.")
         numbers = {n: float(getattr(o, n)) for n in RUN_TIME if getattr(o, n, None) is not None}
         return replace(
@@ -67,11 +83,22 @@ class Published:
             name=self.name,
             hyper={**method.hyper, **numbers},
             every=Every(o.factor_every, o.solve_every),
-            rule=Rule(method.rule.kind, o.momentum, o.weight_decay, bool(o.nesterov), method.rule.options),
+            rule=self._rule(method.rule, o),
             max_factor_dim=o.max_factor_dim,
             sharing=o.sharing,
             seed=o.seed,
         )
+
+    def _rule(self, own: Rule, o: SimpleNamespace) -> Rule:
+        kind = own.kind
+        if o.step == "quadratic":
+            if kind != "step" or "damping" not in self.defaults:
+                why = "is a whole optimizer already" if kind != "step" else "has no damping to adapt"
+                raise FxcurvError(f"step='quadratic' does not go with method '{self.name}', which {why}.")
+            if o.weight_decay:
+                raise FxcurvError("step='quadratic' has an l2 in its objective: use that in place of weight_decay.")
+            kind = "quadratic"
+        return Rule(kind, o.momentum, o.weight_decay, bool(o.nesterov), own.options, o.decay)
 
 
 def published(name: str, papers: tuple[int, ...] = (), **defaults: Any) -> Callable[[Composer], Published]:

@@ -22,5 +22,13 @@ class Plain(Tensors):
 
 @published("sgd")
 def sgd(o: SimpleNamespace) -> Method:
-    """SGD with momentum: the baseline, the direction is the gradient."""
+    """SGD with momentum: the baseline, the direction is the gradient.
+
+    U = V; with fxcurv.optimizer v = momentum v + U and W = W - lr v, or W = W - lr (U + momentum v) with nesterov.
+
+    Cost: nothing beyond the gradient; memory one number a parameter for the momentum. Choose it as the baseline: tune
+    its learning rate and momentum before saying that another method is better.
+
+    Source: Robbins & Monro 1951, Polyak 1964 for the momentum; the learning rate and the momentum are common practice.
+    """
     return Method(name="sgd", source=Source("gradient"), scope=Plain())

@@ -47,9 +47,16 @@ def shampoo(o: SimpleNamespace) -> Method:
 
     For a matrix U = L^-1/4 G R^-1/4 with L = epsilon I + sum G G^T, R = epsilon I + sum G^T G; a vector gets
     full-matrix AdaGrad; a mode wider than max_factor_dim gets a diagonal. Dimensions of size one are no modes. Needs
-    only gradients.
+    only gradients. average: "sum" accumulates as in the paper, so that steps shrink as in AdaGrad; "ema" forgets, with
+    weight ema on the old Gram. epsilon: what the Grams start from.
 
-    Source: Gupta, Koren & Singer 2018, algorithms 1 and 2.
+    Cost: d_in d_out (d_in + d_out) for the Grams in every step with statistics, an eigendecomposition of each at a
+    refresh, and as much as the Grams to apply the roots; memory 2 (d_in^2 + d_out^2). Nothing depends on the batch's
+    size. Choose it over kfac where only gradients are to be had (no layers that can be detected, losses without known
+    curvature); over adam where gradients are matrices with strong correlations.
+
+    Source: Gupta, Koren & Singer 2018, algorithms 1 and 2. "ema" and its weight are later practice; epsilon is the
+    paper's, max_factor_dim and the learning rate are ours.
     """
     if o.average not in ("sum", "ema"):
         raise FxcurvError(f"average='{o.average}' must be 'sum' or 'ema'.")

@@ -183,7 +183,7 @@ class Read(Pass):
 
     def run(self, c: Compilation) -> int:
         assert c.model is not None and c.method is not None
-        c.facts = gather(c.model, c.layers, c.method.max_factor_dim, c.method.sharing)
+        c.facts = gather(c.model, c.layers, c.method.max_factor_dim, c.method.sharing, c.options.get("link", ""))
         c.program = read_program(Path(self.path))
         check_fit(c.program, c.facts, self.targets)
         return len(c.program)
@@ -197,13 +197,14 @@ def check_fit(program: Program, facts: Facts, targets: list[dict[str, Any]]) -> 
     for name in theirs:
         if name not in mine:
             raise FxcurvError(f"the artifact was compiled for a layer '{name}' that this model does not have; {again}")
-        for part, value in theirs[name].items():
-            if mine[name].get(part) != value:
-                here = mine[name].get(part)
-                raise FxcurvError(f"layer '{name}' has {part}={here} in this model, {value} in the artifact; {again}")
     extra = next((name for name in mine if name not in theirs), None)
     if extra is not None:
         raise FxcurvError(f"this model has a layer '{extra}' that the artifact was not compiled for; {again}")
+    for name, target in theirs.items():  # after the names: what a layer feeds depends on the others
+        for part, value in target.items():
+            if mine[name].get(part) != value:
+                here = mine[name].get(part)
+                raise FxcurvError(f"layer '{name}' has {part}={here} in this model, {value} in the artifact; {again}")
     for role, node in (program.inputs("grad") | program.inputs("param")).items():
         shape = _shape(role.key, facts)
         if shape is None:

@@ -38,7 +38,7 @@ def measured(engine: Engine, due: frozenset[str]) -> Batch:
     source = engine.method.source
     products = source.kind == "ggn_product" or (source.kind == "hessian" and STATISTICS in due)
     if products:
-        return _products(engine, due)
+        return Batch(engine.statistics, of_all_ranks(engine, due, engine.oracle))
     if STATISTICS in due and source.taps and engine.statistics.types:
         return _statistics(engine, due)
     return Batch(engine.statistics, engine.oracle)
@@ -58,17 +58,20 @@ def _statistics(engine: Engine, due: frozenset[str]) -> Batch:
     return Batch(statistics, None, float(statistics.terms))
 
 
-def _products(engine: Engine, due: frozenset[str]) -> Batch:
-    terms = _terms_by_rank(engine, due, partial(_check_products, engine))
-    ranks, oracle = engine.ranks, engine.oracle
+def of_all_ranks(
+    engine: Engine, due: frozenset[str], oracle: HessianOracle | GGNOracle | None
+) -> HessianOracle | GGNOracle | RanksOracle:
+    """Products with the curvature of all ranks' batches, from those of this rank; raises :class:`FxcurvError` on all
+    ranks when one has none."""
+    terms, ranks = _terms_by_rank(engine, due, partial(_check_products, engine, oracle)), engine.ranks
     assert terms is not None and oracle is not None
     if ranks.size == 1:
-        return Batch(engine.statistics, oracle)
+        return oracle
     if isinstance(oracle, GGNOracle):  # local products are divided by the local number of terms
         share = max(terms[ranks.rank], 1.0) / max(sum(terms), 1.0)
     else:
         share = 1.0 if engine.summed else 1.0 / ranks.size  # as gradients
-    return Batch(engine.statistics, RanksOracle(ranks, oracle, share))
+    return RanksOracle(ranks, oracle, share)
 
 
 def _terms_by_rank(engine: Engine, due: frozenset[str], check: Callable[[], float | None]) -> list[float] | None:
@@ -83,14 +86,14 @@ def _terms_by_rank(engine: Engine, due: frozenset[str], check: Callable[[], floa
     return ranks.agree(check, (engine.step, engine.seed, flags), norm, engine.device_of(""))
 
 
-def _check_products(engine: Engine) -> float:
+def _check_products(engine: Engine, oracle: HessianOracle | GGNOracle | None) -> float:
     """Loss terms behind the products; raises :class:`FxcurvError` without a backward call that kept its graph."""
-    if engine.oracle is None:
+    if oracle is None:
         raise FxcurvError(
-            f"'{engine.method.name}' needs products with the curvature of this batch: call model.backward(loss, "
-            "outputs) in place of loss.backward() before the step."
+            f"'{engine.method.name}' needs products with the curvature of this batch: run the model in training mode "
+            "and call model.backward(loss, outputs) in place of loss.backward() before the step."
         )
-    return engine.oracle.terms if isinstance(engine.oracle, GGNOracle) else 0.0
+    return oracle.terms if isinstance(oracle, GGNOracle) else 0.0
 
 
 def _check_statistics(engine: Engine) -> float | None:

@@ -2,13 +2,14 @@
 
 Curvature first, then the user's own ``loss.backward``: every other parameter and input keeps its gradient, and the
 passes share one forward. A sampled or exact source runs columns into the slots with the weight gradients left out, and
-the plain pass that follows measures nothing; a source of products only keeps the graph alive for the step.
+the plain pass that follows measures nothing; a source of products only keeps the graph alive for the step. A step that
+an exact quadratic model decides keeps the graph too, whatever the source.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -49,9 +50,24 @@ class BackwardCall:
         self.loss.backward(**{**self.options, **options})
 
 
-def deliver(engine: Engine, call: BackwardCall) -> None:
-    """Gradients and what the method's source needs; raises :class:`FxcurvError` when something is missing."""
-    SOURCES[engine.method.source.kind](engine, call)
+def deliver(engine: Engine, call: BackwardCall, measured: bool = True) -> None:
+    """Gradients and what the method's source and its step need; raises :class:`FxcurvError` when something is missing.
+
+    measured: whether the source's curvature is wanted from this call.
+    """
+    if engine.method.rule.kind == "quadratic":
+        engine.exact = _added(engine, call, engine.exact)
+        call = replace(call, options={**call.options, "retain_graph": True})
+    SOURCES[engine.method.source.kind if measured else "gradient"](engine, call)
+
+
+def _added(engine: Engine, call: BackwardCall, known: object) -> GGNOracle:
+    """Products with the Gauss-Newton matrix of this call's batch too."""
+    outputs = _outputs(engine, call)
+    assert engine.loss is not None
+    found = known if isinstance(known, GGNOracle) else GGNOracle(list(engine.parameters().values()), engine.loss)
+    found.add(outputs, call.targets, call.mask)
+    return found
 
 
 def _gradient(engine: Engine, call: BackwardCall) -> None:
@@ -66,11 +82,7 @@ def _hessian(engine: Engine, call: BackwardCall) -> None:
 
 
 def _ggn_product(engine: Engine, call: BackwardCall) -> None:
-    outputs = _outputs(engine, call)
-    assert engine.loss is not None
-    if not isinstance(engine.oracle, GGNOracle):
-        engine.oracle = GGNOracle(list(engine.parameters().values()), engine.loss)
-    engine.oracle.add(outputs, call.targets, call.mask)
+    engine.oracle = _added(engine, call, engine.oracle)
     call.plain(retain_graph=True)
 
 
@@ -98,7 +110,7 @@ def _columns(engine: Engine, call: BackwardCall) -> None:
     examples = min((batch for batch in call.batches if batch and rows % batch == 0), default=None)
     key, values, source = (engine.seed, engine.step, engine.micro), outputs.detach(), engine.method.source
     refuse_static_graph(outputs)
-    first_row = 0 if source.kind == "ggn" else engine.ranks.first_row(rows, outputs.device)
+    first_row = 0 if source.passes == "ggn" else engine.ranks.first_row(rows, outputs.device)
     found = columns(source, loss, values, key, call.targets, call.mask, examples, first_row)
     run_columns(statistics, outputs, found)
     statistics.terms += float(loss.count(values, call.targets, call.mask))
@@ -116,6 +128,8 @@ SOURCES: dict[str, Callable[[Engine, BackwardCall], None]] = {
     "mc": _columns,
     "ggn": _columns,
     "ggn_signs": _columns,
+    "logits": _columns,
+    "logits_mc": _columns,
 }
 
 

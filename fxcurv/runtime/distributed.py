@@ -261,6 +261,11 @@ class RanksOracle:
         parts = {str(i): part * self.share for i, part in enumerate(self.local.product(vectors))}
         return list(self.ranks.total(parts).values())
 
+    def forms(self, vectors: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The quadratic forms of vectors that all ranks have alike, equal on all of them; of the GGN alone."""
+        assert isinstance(self.local, GGNOracle)
+        return self.ranks.total({"forms": self.local.forms(vectors) * self.share})["forms"]
+
 
 def refuse_static_graph(outputs: Tensor) -> None:
     """Raises :class:`FxcurvError` when the outputs come from a wrapper that takes the first backward pass, here that of

@@ -7,7 +7,8 @@ A step runs one slice. The slice reports by flags which of its results are finit
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from fxcurv.errors import FxcurvError, FxcurvWarning
 from fxcurv.ir.program import REFRESH, STATISTICS, Role
 from fxcurv.ir.schedule import base_of, falls_due
-from fxcurv.layers.region import place_of
+from fxcurv.layers.region import Place, place_of
 from fxcurv.losses import Loss
+from fxcurv.methods.parts.hybrid import LOSS
 from fxcurv.passes.lower import Bundle, Lowered, Slice
 from fxcurv.passes.manager import Compilation
 from fxcurv.runtime.batch import Batch, measured
@@ -27,10 +29,12 @@ from fxcurv.runtime.numbers import Numbers
 from fxcurv.runtime.oracles import GGNOracle, HessianOracle
 from fxcurv.runtime.recover import Recovery, apart, flags_of, recover
 from fxcurv.runtime.repair import dump
+from fxcurv.runtime.retired import Retirement, still_read
 from fxcurv.runtime.rows import KeptRows, gradient_of, joined
 from fxcurv.runtime.sources import weight
 from fxcurv.runtime.states import States
 from fxcurv.runtime.statistics import Statistics, tap_types
+from fxcurv.runtime.watched import Watched
 from fxcurv.runtime.written import Written
 
 
@@ -39,8 +43,10 @@ class Engine:
 
     step counts finished steps, micro the backward calls of the running one; with seed they fix all random draws.
     forced holds what ``due`` asked for. overdue: a factorisation could not be renewed when it was due, so the next step
-    tries again. terms: loss terms behind the last statistics. info: what the program reported in the last step
-    (``kl_scale``, iterates). process_group: the processes that train this model together; see
+    tries again. terms: loss terms behind the last statistics. oracle: products with curvature for the program; exact:
+    those for the quadratic model of a step. info: what the program reported in the last step
+    (``kl_scale``, iterates). decays: strengths of an L2 penalty by parameter where an optimizer has its own; penalised:
+    whether this step's gradients have it already. process_group: the processes that train this model together; see
     :mod:`fxcurv.runtime.distributed`.
     """
 
@@ -56,6 +62,7 @@ class Engine:
         self.hyper = dict(self.method.hyper)
         self.dtype = compilation.facts.dtype
         self.numbers = Numbers(self.dtype)
+        self.retirement = Retirement(self.lowered.program, (t.name for t in self.facts.targets))
         self.places: dict[str, tuple[dict[str, nn.Parameter | None], str]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -77,15 +84,19 @@ class Engine:
         self.row_types = {role.key: node.meta["type"] for role, node in self.lowered.program.inputs("rows").items()}
         self.row_layers = {t.name: t for t in self.facts.targets if f"{t.name}.x" in self.row_types}
         self.oracle: HessianOracle | GGNOracle | None = None
+        self.exact: GGNOracle | None = None
         self.seed = self.method.seed
         self.step = 0
         self.micro = 0
+        self.penalised = False
+        self.decays: Mapping[nn.Parameter, float] | None = None
         self.forced: dict[str, bool | None] = {STATISTICS: None, REFRESH: None}
         self.overdue = False
         self.terms = 0.0
         self.info: dict[str, Tensor] = {}
         self.warned: set[str] = set()
         self.written = Written()
+        self.watched = Watched.by(self.lowered.program)
         self.process_group: Any = WORLD
 
     def clone(self, model: nn.Module) -> Engine:
@@ -94,6 +105,7 @@ class Engine:
         other.hyper, other.step, other.overdue, other.terms = dict(self.hyper), self.step, self.overdue, self.terms
         other.seed, other.forced, other.process_group = self.seed, dict(self.forced), self.process_group
         other.states = self.states.clone()
+        other.look_at_retired()
         return other
 
     # Schedule -------------------------------------------------------------------------------------------------------
@@ -104,6 +116,8 @@ class Engine:
         forced = self.forced.get(base)
         period = self.lowered.program.cadences[cadence]
         if forced is None:
+            if base in self.forced and self.retirement.complete(self.states):
+                return False
             return falls_due(cadence, period, self.step) or (self.overdue and base == REFRESH)
         return forced
 
@@ -115,6 +129,19 @@ class Engine:
     def wants_statistics(self) -> bool:
         """Whether the coming step uses statistics of layers."""
         return self.method.source.taps and bool(self.statistics.types) and self.is_due(STATISTICS)
+
+    @property
+    def retired(self) -> frozenset[str]:
+        """Names of the layers whose curvature has settled for good."""
+        return self.retirement.names(self.states)
+
+    def look_at_retired(self) -> None:
+        """Read anew which layers are over; their statistics are not measured any more."""
+        self.retirement.forget()
+        if self.retired:
+            self.statistics.measure_only(still_read(self.lowered, self.retired))
+        else:
+            self.statistics.measure_only(None)
 
     @property
     def keeps_rows(self) -> bool:
@@ -146,6 +173,20 @@ class Engine:
 
     def run(self, scaler: Any = None, rate: float | None = None) -> StepInfo:
         """Turn the parameters' gradients into update directions, in place; see ``CurvatureModule.precondition_``."""
+        proposals = self.propose(scaler, rate)
+        if not proposals:
+            self.discard()
+            return StepInfo(self.step, skipped=True)
+        return self.take(proposals[0])
+
+    def propose(
+        self, scaler: Any = None, rate: float | None = None, trials: Sequence[Mapping[str, float]] = ({},)
+    ) -> list[Proposal]:
+        """The coming step, once with each of ``trials`` in place of these hyper-parameters; nothing changes yet.
+
+        Nothing comes back when the scaler found an overflow. The first trial is always there, after the repairs that it
+        needs; of the others those that need none.
+        """
         self.check_places()
         if self.rows.arrived and scaler is not None and scaler.is_enabled():
             raise FxcurvError(
@@ -154,26 +195,89 @@ class Engine:
         parameters = self.parameters()
         scale, captured_scale, overflow = gradient_scale(scaler, parameters.values())
         if overflow:
-            self.discard()
-            return StepInfo(self.step, skipped=True)
+            return []
         due = self.due()
         batch = measured(self, due)
         self.written.check(p.grad for p in parameters.values())
-        current = self.lowered.slice(due, bundled=True)
+        self._penalise(parameters, batch.terms, scale)
+        current = self.lowered.slice(due, bundled=True, retired=self.retired)
         inputs = self._inputs(current, batch, (scale, captured_scale), rate)
-        results = dict(zip(current.outputs, current(*inputs.values()), strict=True))
-        info = self._commit(due, inputs, results, batch.terms, scale)
+        found = []
+        for index, trial in enumerate(trials):
+            own = {role: self._changed(role, value, trial) for role, value in inputs.items()}
+            if index + 1 < len(trials):  # a slice may write over statistics
+                own |= {role: value.clone() for role, value in own.items() if role.kind == "stat"}
+            results = dict(zip(current.outputs, current(*own.values()), strict=True))
+            flags = [value.reshape(-1) for role, value in results.items() if role.kind == "flag"]
+            sound = not flags or bool(torch.cat(flags).all())
+            if sound:
+                found.append(Proposal(index, due, Recovery(results), results, batch.terms, scale))
+            elif index == 0:
+                found.append(self._recovered(due, own, results, batch.terms, scale))
+        return found
+
+    def _changed(self, role: Any, value: Any, trial: Mapping[str, float]) -> Any:
+        changed = trial.get(role.key) if role.kind == "hyper" else None
+        return value if changed is None else self.numbers.tensor(role.key, changed)
+
+    def directions(self, proposal: Proposal) -> dict[str, Tensor]:
+        """What a proposal would make of every gradient that is there, by full name, as new tensors."""
+        parameters = self.parameters()
+        found = {name: p.grad.detach().clone() for name, p in parameters.items() if p.grad is not None}
+        for role, value in proposal.found.results.items():
+            place = self._place(role, proposal.found, parameters)
+            if place is not None and place.name in found:
+                place.of(found[place.name]).copy_(value if proposal.scale == 1.0 else value * proposal.scale)
+        return found
+
+    def take(self, proposal: Proposal) -> StepInfo:
+        """Let a proposal be the step: states and gradients become what it computed, and the schedule goes on."""
+        if proposal.troubled:
+            self._dump(proposal.found, proposal.results)
+            self._warn(proposal.found)
+        info = self._commit(proposal)
+        if self.retirement.roles and STATISTICS in proposal.due:
+            self.look_at_retired()
         self.step += 1
         self.micro = 0
         self.forced = {STATISTICS: None, REFRESH: None}
         self.discard()
         return info
 
+    def _penalise(self, parameters: dict[str, nn.Parameter], terms: float, scale: float) -> None:
+        """Add the gradient of an L2 penalty to every gradient that is there, once a step, in the gradients' own scale.
+
+        Whether a parameter is preconditioned makes no difference; one without gradient in this step has none.
+        """
+        if self.method.rule.decay != "l2" or self.penalised:
+            return
+        self.penalised = True
+        factor = self._factor(terms, scale)
+        arrived = {t.weight for name, t in self.row_layers.items() if self.rows.of(name)}
+        with torch.no_grad():
+            for name, p in parameters.items():
+                strength = self.method.rule.weight_decay if self.decays is None else self.decays.get(p, 0.0)
+                if not strength or (p.grad is None and name not in arrived):
+                    continue
+                if p.grad is None:  # its rows are kept in the place of the gradient; what is stored is added to them
+                    p.grad = torch.zeros_like(p)
+                p.grad.add_(p, alpha=strength / factor)
+
+    def _factor(self, terms: float, scale: float) -> float:
+        """What brings stored gradients to the scale of the mean loss.
+
+        Between statistics a summed gradient is taken to have as many terms as when they were last counted. Of several
+        ranks' sums it is the average.
+        """
+        return (self.ranks.size / (terms or self.terms or 1.0) if self.summed else 1.0) / scale
+
     def discard(self) -> None:
         """Forget statistics and oracles of an unfinished step."""
+        self.penalised, self.decays = False, None
         self.statistics.discard()
         self.rows.discard()
-        self.oracle = None
+        self.oracle = self.exact = None
+        self.watched.losses.clear()
         self.micro = 0
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -204,11 +308,7 @@ class Engine:
     def _inputs(self, current: Slice, batch: Batch, scales: tuple[float, float], rate: float | None) -> dict[Role, Any]:
         parameters, (scale, captured_scale) = self.parameters(), scales
         terms = batch.terms
-        # Between statistics a summed gradient is taken to have as many terms as when they were last counted. Of several
-        # ranks' sums it is the average.
-        factor = 1.0 / scale
-        if self.summed:
-            factor *= self.ranks.size / (terms or self.terms or 1.0)
+        factor = self._factor(terms, scale)
         numbers = {**self.hyper, "seed": float(self.seed), "step": float(self.step)}
         if rate is not None:
             numbers["lr"] = rate
@@ -239,6 +339,9 @@ class Engine:
                 inputs[role] = kept[name][0] if side == "x" else kept[name][1] * factor
             elif role.kind == "state":
                 inputs[role] = self.states.values[role]
+            elif role.kind == "hyper" and role.key == LOSS:
+                like = self.numbers.tensor("step", numbers["step"])
+                inputs[role] = self.watched.value(self.ranks, like, captured_scale, self.method.name)
             elif role.kind == "hyper":
                 inputs[role] = self.numbers.tensor(role.key, numbers[role.key])
             elif role.kind == "oracle":
@@ -266,20 +369,20 @@ class Engine:
         slot = self.statistics.latest.get(key)
         return self.device_of("") if slot is None else slot.device
 
-    def _commit(
+    def _recovered(
         self, due: frozenset[str], inputs: dict[Any, Any], results: dict[Any, Any], terms: float, scale: float
-    ) -> StepInfo:
-        flags = [value.reshape(-1) for role, value in results.items() if role.kind == "flag"]
-        found = Recovery(results)
-        if flags and not bool(torch.cat(flags).all()):
-            if self.on_nonfinite == "raise":
-                bad = {key.rpartition(":")[0] for key, flag in flags_of(results).items() if not bool(flag)}
-                where = ", ".join(sorted(bad))
-                raise FxcurvError(f"step {self.step}: not finite in {where}; nothing was changed.")
-            results = apart(results)
-            found = recover(self.lowered, due, apart(inputs), results, self.states.values, self.commits)
-            self._dump(found, results)
-            self._warn(found)
+    ) -> Proposal:
+        """A proposal from results of which some are not finite."""
+        if self.on_nonfinite == "raise":
+            bad = {key.rpartition(":")[0] for key, flag in flags_of(results).items() if not bool(flag)}
+            where = ", ".join(sorted(bad))
+            raise FxcurvError(f"step {self.step}: not finite in {where}; nothing was changed.")
+        results = apart(results)
+        found = recover(self.lowered, due, apart(inputs), results, self.states.values, self.commits)
+        return Proposal(0, due, found, results, terms, scale, troubled=True)
+
+    def _commit(self, proposal: Proposal) -> StepInfo:
+        due, found, terms = proposal.due, proposal.found, proposal.terms
         refreshed = any(base_of(cadence) == REFRESH for cadence in due)
         self.overdue = found.retry or (self.overdue and not refreshed)
         self.terms = terms or self.terms
@@ -288,7 +391,7 @@ class Engine:
                 self.states.values.put(role, value)
             elif role.kind == "state":
                 self.states.values[role] = value
-        self._write(found, scale)
+        self._write(found, proposal.scale)
         self.info = {role.key: value for role, value in found.results.items() if role.kind == "info"}
         clip = self.info.get("kl_scale")
         return StepInfo(
@@ -331,9 +434,9 @@ class Engine:
         parts: list[Tensor] = []
         steps: list[Tensor] = []
         for role, value in found.results.items():
-            if role.kind != "update" or self.owner_of.get(role.key, role.key) in found.fallback:
+            place = self._place(role, found, parameters)
+            if place is None:
                 continue
-            place = self.stored[role.key][0] if role.key in self.stored else place_of(role.key, parameters)
             grad = parameters[place.name].grad
             if role.key in arrived:
                 step = value if scale == 1.0 else value * scale
@@ -348,6 +451,30 @@ class Engine:
                 torch._foreach_copy_(parts, steps)
         for grad in written.values():
             self.written.mark(grad)
+
+
+    def _place(self, role: Any, found: Recovery, names: Collection[str]) -> Place | None:
+        """Where a result belongs among the gradients; ``None`` for one that is no update, or is not to be used."""
+        if role.kind != "update" or self.owner_of.get(role.key, role.key) in found.fallback:
+            return None
+        return self.stored[role.key][0] if role.key in self.stored else place_of(role.key, names)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A step that has been computed and not taken.
+
+    trial: its number among the trials. found: what is to be kept of ``results``, the slice's outputs; troubled: that
+    some of them were not finite. terms: loss terms behind the statistics. scale: that of a gradient scaler.
+    """
+
+    trial: int
+    due: frozenset[str]
+    found: Recovery
+    results: dict[Any, Any]
+    terms: float
+    scale: float
+    troubled: bool = False
 
 
 def _links(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[dict[str, nn.Module | None], str, nn.Module]]:

@@ -21,6 +21,7 @@ from fxcurv.errors import FxcurvError
 from fxcurv.ir.program import REFRESH, STATISTICS, Program
 from fxcurv.ir.schedule import base_of
 from fxcurv.layers.layer import Layer
+from fxcurv.methods import Method
 from fxcurv.passes.manager import Record
 from fxcurv.passes.tap import Tapped, insert_taps
 from fxcurv.runtime.deliver import BackwardCall, deliver
@@ -67,13 +68,15 @@ class CurvatureModule(nn.Module):
                 return self._model(*args, **kwargs)
             engine.check_places()
             self._drop_abandoned()
-        if not engine.method.source.taps:
-            with _double_differentiable(engine.method.source.kind):
+        differentiable = _double_differentiable(engine.method)
+        if not engine.method.source.taps or not (self._measured or engine.keeps_rows):
+            with differentiable:
                 return self._model(*args, **kwargs)
         if torch.compiler.is_compiling():
             _keep_buffers()
         forward, leaves = self._forwards.find(engine, args, kwargs)
-        output = forward(engine, leaves)
+        with differentiable:
+            output = forward(engine, leaves)
         self._note_batch(leaves)
         return output
 
@@ -140,7 +143,8 @@ class CurvatureModule(nn.Module):
         wanted = engine.wants_statistics or (engine.method.source.kind == "hessian" and engine.is_due(STATISTICS))
         wanted = wanted or engine.method.source.kind == "ggn_product"
         self.__dict__["_measured"] = bool(wanted and (self.training or forced))
-        self.__dict__["_tapped"] = self._measured or (self.training and engine.keeps_rows)
+        graph = engine.keeps_rows or engine.method.exact_products
+        self.__dict__["_tapped"] = self._measured or (self.training and graph)
 
     # A training step ------------------------------------------------------------------------------------------------
 
@@ -164,10 +168,11 @@ class CurvatureModule(nn.Module):
         if not torch.is_grad_enabled():
             return
         call = BackwardCall(loss, outputs, targets, mask, backward_kwargs, self._batches)
-        if not self._measured:
+        self._engine.watched.note(loss)
+        if not self._tapped or not (self._measured or self._engine.method.exact_products):
             call.plain()
             return
-        deliver(self._engine, call)
+        deliver(self._engine, call, self._measured)
         self.__dict__["_consumed"] = True
 
     def precondition_(self, scaler: Any = None) -> StepInfo:
@@ -178,10 +183,10 @@ class CurvatureModule(nn.Module):
         Raises :class:`FxcurvError` when no statistics arrived, when they came from the wrong call, or for a method
         that is a whole optimizer.
         """
-        if self._engine.method.rule.kind != "step":
-            raise FxcurvError(
-                f"'{self._engine.method.name}' is a whole optimizer: use fxcurv.optimizer(model) and opt.step(closure)."
-            )
+        rule, name = self._engine.method.rule, self._engine.method.name
+        if rule.kind != "step":
+            what = "is a whole optimizer" if rule.kind == "newton" else f"with step='{rule.kind}' is a whole optimizer"
+            raise FxcurvError(f"'{name}' {what}: use fxcurv.optimizer(model) and opt.step(closure).")
         return self._precondition(scaler, None)
 
     def _precondition(self, scaler: Any, rate: float | None) -> StepInfo:
@@ -256,9 +261,11 @@ class CurvatureModule(nn.Module):
         """The tracked curvature of a layer: dense, undamped, of the mean loss.
 
         "A" (d_in x d_in, a bias's constant coordinate last) and "G" (d_out x d_out) such that kron(G, A) approximates
-        the block in the row-major order of ``[W b].flatten()``; EKFAC adds "QA", "QG", "S" (d_out x d_in), recurrent
-        K-FAC "A1", "G1" between a step and the next; norm layers have "F", the exact blocks (units, 2, 2). A factor
-        kept diagonal is dense up to ``max_factor_dim``, else the vector of its diagonal. Groups lead.
+        the block in the row-major order of ``[W b].flatten()`` (of TKFAC over the trace, which both have); EKFAC adds
+        "QA", "QG", "S" (d_out x d_in), recurrent K-FAC "A1", "G1" between a step and the next, block-tridiagonal K-FAC
+        "CA", "CG" between a layer and the next, a sum of two products "A2", "G2" of the second; norm layers have "F",
+        the exact blocks (units, 2, 2). A factor kept diagonal is dense up to ``max_factor_dim``, else the vector of its
+        diagonal. Groups lead.
         """
         targets = {target.name: target for target in self._engine.facts.targets}
         if name not in targets:
@@ -266,7 +273,7 @@ class CurvatureModule(nn.Module):
         limit = self._engine.facts.max_factor_dim
         states = self._engine.states
         found = {}
-        for part in ("A", "G", "A1", "G1", "QA", "QG", "S", "D", "F"):
+        for part in ("A", "G", "A1", "G1", "A2", "G2", "CA", "CG", "QA", "QG", "S", "D", "F"):
             role = states.by_key.get(f"{name}.{part}")
             if role is not None:
                 value = states.values[role].clone()
@@ -286,6 +293,8 @@ class CurvatureModule(nn.Module):
         self.factors(name)
         states = {key: role for key, role in engine.states.by_key.items() if key.startswith(prefix)}
         parts = {key[len(prefix) :]: engine.states.values[role] for key, role in states.items()}
+        target = next(target for target in engine.facts.targets if target.name == name)
+        parts["shape"] = torch.tensor([target.groups, target.d_out, target.d_in, int(target.homogeneous)])
         found = parts["F"] if set(parts) >= {"F"} else engine.method.block(parts)
         if found is None:
             raise FxcurvError(f"'{engine.method.name}' keeps no curvature of '{name}' that is a matrix of the layer.")
@@ -344,6 +353,7 @@ class CurvatureModule(nn.Module):
             plain, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         engine.states.load(values)
+        engine.look_at_retired()
         engine.step = int(schedule.get("step", engine.step))
         engine.seed = int(schedule.get("seed", engine.seed))
         engine.overdue = bool(schedule.get("overdue", engine.overdue))
@@ -378,9 +388,9 @@ def _keep_buffers() -> None:
     torch._functorch.config.donated_buffer = False
 
 
-def _double_differentiable(kind: str) -> Any:
+def _double_differentiable(method: Method) -> Any:
     """Fused attention has no second derivative: products with curvature need the plain one."""
-    if kind in ("hessian", "ggn_product"):
+    if method.source.kind == "hessian" or method.exact_products:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         return sdpa_kernel(SDPBackend.MATH)

@@ -59,12 +59,29 @@ class GGNOracle:
         """G v for vectors shaped like the parameters."""
         totals = [torch.zeros_like(vector) for vector in vectors]
         for outputs, seed, pulled, targets, mask in self.parts:
-            pairs = [(p, v.to(p.dtype)) for p, v in zip(pulled, vectors, strict=True) if p is not None]
-            (tangent,) = torch.autograd.grad([p for p, _ in pairs], [seed], [v for _, v in pairs], retain_graph=True)
-            cotangent = self.loss.hessian_product(outputs, tangent, targets, mask)
+            cotangent = self.loss.hessian_product(outputs, _tangent(seed, pulled, vectors), targets, mask)
             back = _gradients(outputs, self.parameters, cotangent, retain_graph=True)
             totals = [t if g is None else t + g.to(t.dtype) for t, g in zip(totals, back, strict=True)]
         return [total / max(self.terms, 1.0) for total in totals]
+
+    def forms(self, vectors: Sequence[Sequence[Tensor]]) -> Tensor:
+        """v^T G w for all pairs of k vectors, each shaped like the parameters, (k, k) in float64.
+
+        One tangent a vector, and nothing goes backward through the model. The matrix lies where the outputs do.
+        """
+        total = torch.zeros((), dtype=torch.float64)
+        for outputs, seed, pulled, targets, mask in self.parts:
+            tangents = [_tangent(seed, pulled, vector) for vector in vectors]
+            turned = [self.loss.hessian_product(outputs, tangent, targets, mask) for tangent in tangents]
+            left, right = (torch.stack([x.reshape(-1) for x in side]).double() for side in (tangents, turned))
+            total = total.to(left.device) + left @ right.mT
+        return (total + total.mT) / (2.0 * max(self.terms, 1.0))
+
+
+def _tangent(seed: Tensor, pulled: Sequence[Tensor | None], vector: Sequence[Tensor]) -> Tensor:
+    """The directional derivative J v of a part's outputs: J^T seed is linear in seed, and is differentiated in it."""
+    pairs = [(p, v.to(p.dtype)) for p, v in zip(pulled, vector, strict=True) if p is not None]
+    return torch.autograd.grad([p for p, _ in pairs], [seed], [v for _, v in pairs], retain_graph=True)[0]
 
 
 def _gradients(

@@ -5,11 +5,13 @@ A parameter that several layers share, or that is covered in part, has a row for
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fxcurv.ir.cost import state_bytes
 from fxcurv.layers.region import by_name, parts_of
+from fxcurv.methods.facts import Target
 from fxcurv.runtime.memory import Memory, largest_transient, memory_by_owner
 
 if TYPE_CHECKING:
@@ -104,6 +106,13 @@ class Report:
         return "\n".join(lines)
 
 
+def _diagonal_side(target: Target, limit: int, states: Collection[str]) -> str:
+    """The side of a layer whose factor is kept as its diagonal, "" for none; one that is kept as rows may be wide."""
+    wide = {"input": target.diagonal_input or target.d_in > limit, "output": target.d_out > limit}
+    rows = {"input": f"{target.name}.XA", "output": f"{target.name}.XG"}
+    return next((side for side in wide if wide[side] and rows[side] not in states), "")
+
+
 def make_report(engine: Engine) -> Report:
     """The report of a transformed model."""
     compilation, facts, method = engine.compilation, engine.facts, engine.method
@@ -129,10 +138,9 @@ def make_report(engine: Engine) -> Report:
             target = targets[layer.name]
             if target.unitwise and getattr(method.scope, "exact_norms", False):
                 status, reason = "exact", "whole block of every unit"
-            elif max(target.d_in, target.d_out) > facts.max_factor_dim or target.diagonal_input:
-                side = "input" if target.diagonal_input or target.d_in > facts.max_factor_dim else "output"
+            elif side := _diagonal_side(target, facts.max_factor_dim, engine.states.by_key):
                 reason = f"by {method.name}, {side} factor diagonal"
-            if method.name == "diag":
+            if f"{layer.name}.D" in engine.states.by_key:
                 status, reason = "diagonal", ""
             reason = "; ".join(part for part in (reason, layer.note) if part)
         elif name in uncovered:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxcurv.errors import FxcurvError, FxcurvWarning
 from fxcurv.layers.tap import asking
-from fxcurv.losses import Loss
+from fxcurv.losses import Euclidean, Loss
 from fxcurv.methods.method import Source
 from fxcurv.runtime.deferred import Found, Notes, reduce_together
 from fxcurv.runtime.statistics import Statistics, notes_behind
@@ -41,17 +41,19 @@ def columns(
 
     first_row: number of rows of this micro-batch that earlier ranks have.
     """
-    if source.kind == "mc":
+    if source.euclidean:
+        loss = Euclidean(like=loss)
+    if source.passes == "mc":
         for sample in range(source.samples):
             yield loss.sample(outputs, (*key, sample), targets, mask, first_row)
-    elif source.kind == "ggn_signs":
+    elif source.passes == "ggn_signs":
         for sample in range(source.samples):
             yield from loss.sign_columns(outputs, (*key, sample), targets, mask, first_row)
     else:
         count = loss.column_count(outputs, examples)
         if count > MANY_COLUMNS:
             warnings.warn(
-                f"fisher='ggn' runs {count} backward passes for every batch of this shape (one for each output column "
+                f"fisher='{source.kind}' runs {count} backward passes for every batch of this shape (one for each output column "
                 "and position); 'ggn_signs' or 'mc' are unbiased with far fewer.",
                 FxcurvWarning,
                 stacklevel=4,
@@ -113,4 +115,4 @@ def weight(source: Source, loss: Loss | None, terms: float, scale: float) -> flo
         return 0.0
     if source.kind == "empirical":
         return (1.0 / terms if loss is not None and loss.reduction == "sum" else terms) / scale**2
-    return 1.0 / (terms * (source.samples if source.kind in ("mc", "ggn_signs") else 1))
+    return 1.0 / (terms * (source.samples if source.passes in ("mc", "ggn_signs") else 1))

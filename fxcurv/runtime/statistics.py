@@ -35,6 +35,7 @@ class Statistics:
 
     def __init__(self, types: dict[str, Type]) -> None:
         self.types = types
+        self.measured: frozenset[str] | None = None
         self.slots: dict[tuple[str, torch.device], Tensor] = {}
         self.latest: dict[str, Tensor] = {}
         self.ready: dict[Any, tuple[Any, list[Any]]] = {}
@@ -57,11 +58,21 @@ class Statistics:
         assert slot.shape is not None
         key = (slot.key, device)
         if key not in self.slots:
-            self.slots[key] = leaf(slot.shape, slot.dtype, device)
+            made = leaf(slot.shape, slot.dtype, device)
+            self.slots[key] = made if self.measured is None or slot.key in self.measured else made.detach()
         found = self.slots[key]
         if self.latest.get(slot.key) is not found:
             self.latest[slot.key] = found
         return found
+
+    def measure_only(self, keys: frozenset[str] | None) -> None:
+        """Measure the statistics of these keys alone, ``None`` for all: taps skip a slot that needs no gradient."""
+        if keys != self.measured:
+            self.measured = keys
+            for known in [known for known in self.slots if not known[0].startswith(TERMS)]:
+                del self.slots[known]
+            self.latest.clear()
+            self.ready.clear()
 
     def deliver(self, keys: tuple[str, ...], value: Tensor) -> None:
         """Take what deferred taps have measured: statistics of one type in a stack."""
@@ -95,6 +106,7 @@ class Statistics:
         """
         everything = first or bool(self.fresh)
         kept = [s for (key, _), s in self.slots.items() if not key.startswith(TERMS) and (everything or _reads_g(key))]
+        kept = [s for s in kept if s.requires_grad]
         return kept + [s for _, s in self.fresh]
 
     def collect(self) -> None:

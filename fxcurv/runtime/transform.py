@@ -86,15 +86,17 @@ def transform(
     if on_nonfinite not in ON_NONFINITE:
         raise FxcurvError(f"on_nonfinite='{on_nonfinite}' must be one of {', '.join(ON_NONFINITE)}.")
     chosen, loss_object = get_method(method, **hyper), resolve_loss(loss)
-    by_default = loss_object is None and chosen.source.kind in ("mc", "ggn", "ggn_signs")
-    if by_default:
-        chosen = replace(chosen, source=Source("empirical"))
-    if chosen.source.kind == "ggn_product" and loss_object is None:
+    if chosen.exact_products and loss_object is None:
         raise FxcurvError(
             f"'{chosen.name}' multiplies with the loss's curvature: pass loss=, e.g. loss='cross_entropy'."
         )
-    if chosen.source.kind == "ggn_product" and loss_object is not None and loss_object.reduction == "sum":
+    if chosen.exact_products and loss_object is not None and loss_object.reduction == "sum":
         raise FxcurvError(f"'{chosen.name}' compares losses with a model of the mean loss: use reduction='mean'.")
+    if chosen.rule.kind == "quadratic" and not weight_gradients:
+        raise FxcurvError("step='quadratic' needs every gradient: leave weight_gradients=True.")
+    by_default = loss_object is None and chosen.source.columns
+    if by_default:
+        chosen = replace(chosen, source=Source("empirical"))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise FxcurvError(f"{type(model).__name__} has no trainable parameter.")
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
@@ -106,6 +108,7 @@ def transform(
     call = Call.of(model, tuple(example_inputs or ()), example_kwargs) if given else Call.default(model)
     options: dict[str, Any] = {"call": call, "layers": layers, "skip": skip, "backend": backend}
     options["empirical_by_default"] = by_default
+    options["link"] = "" if loss_object is None else loss_object.link
     options["fused"] = None if fused is None else dict(fused)
     options["weight_gradients"] = bool(weight_gradients)
     options["on_nonfinite"] = on_nonfinite
@@ -128,7 +131,7 @@ def transform(
         "example": pack_example(example_inputs, example_kwargs),
     }
     coupled = any((isinstance(m, _BATCH_NORMS) and m.training) or is_convolution(m) for m in model.modules())
-    options["batch_statistics"] = coupled and chosen.source.kind == "ggn"
+    options["batch_statistics"] = coupled and chosen.source.passes == "ggn"
     attempts = Attempts(model, call, frontend)
 
     def compile_(captured: Captured | None) -> Compilation:

@@ -127,9 +127,9 @@ def _columns(module: CurvatureModule, outputs: list[Tensor]) -> int:
     """Backward passes of the source before the plain one; 0 where the plain one delivers the statistics."""
     engine = module._engine
     source, loss = engine.method.source, engine.loss
-    if source.kind in ("mc", "ggn_signs"):
+    if source.passes in ("mc", "ggn_signs"):
         return int(source.samples)
-    if source.kind == "ggn" and loss is not None and outputs:
+    if source.passes == "ggn" and loss is not None and outputs:
         try:
             return int(loss.column_count(outputs[0], None))
         except FxcurvError:

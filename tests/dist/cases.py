@@ -26,7 +26,8 @@ EMPTY = {1: (12,), 2: (12, 0), 4: (4, 0, 8, 0)}
 class Case:
     """net: a key of ``NETS``. micro: micro-batches a step. sizes: rows by rank for each world size, equal without it.
     ddp: options of the wrapper, ``None`` to average gradients by hand, weighted by the batches. plain: the user calls
-    loss.backward(). summed: the loss is a sum. optimizer: fxcurv's own. ignored: some targets do not count."""
+    loss.backward(). summed: the loss is a sum. optimizer: fxcurv's own, with the options ``rule``. ignored: some
+    targets do not count."""
 
     net: str = "mlp"
     method: str = "kfac"
@@ -38,6 +39,7 @@ class Case:
     summed: bool = False
     optimizer: bool = False
     ignored: bool = False
+    rule: dict[str, Any] = field(default_factory=dict)
 
 
 OFTEN: dict[str, Any] = {"solve_every": 2, "damping": 1e-2}
@@ -77,6 +79,12 @@ CASES: dict[str, Case] = {
     "adahessian-micro": Case(method="adahessian", micro=2),
     "hessian_free": Case(method="hessian_free", optimizer=True),
     "optimizer": Case(options={**OFTEN, "fisher": "mc"}, optimizer=True),
+    "quadratic": Case(
+        "conv",
+        options={"step": "quadratic", "damping": 1.0},
+        optimizer=True,
+        rule={"gamma_every": 2, "damping_every": 2},
+    ),
     "views": Case("conv", options={**OFTEN, "fisher": "mc"}, ddp={"gradient_as_bucket_view": True}),
     "unused": Case(options={**OFTEN, "fisher": "mc"}, ddp={"find_unused_parameters": True}),
     "static": Case(options={**OFTEN, "fisher": "empirical"}, ddp={"static_graph": True}),
@@ -107,7 +115,7 @@ class Training:
         self.wrapper = DistributedDataParallel(self.model, **case.ddp) if wrapped else self.model
         self.terms = 0.0
         if case.optimizer:
-            self.opt: Any = fxcurv.optimizer(self.model, lr=0.1 if case.method == "kfac" else 1.0)
+            self.opt: Any = fxcurv.optimizer(self.model, lr=0.1 if case.method == "kfac" else 1.0, **case.rule)
         else:
             self.opt = torch.optim.SGD(self.model.parameters(), lr=0.1)
 

@@ -53,6 +53,13 @@ def example_gradients(a: np.ndarray, g: np.ndarray) -> np.ndarray:
     return out
 
 
+def oracle_loss_averages(loss: float, k: float, fast: float, slow: float, quick: float, lasting: float) -> np.ndarray:
+    if not math.isfinite(loss):
+        return np.array([k, fast, slow])
+    old = [min(1 - 1 / (k + 1), weight) for weight in (quick, lasting)]
+    return np.array([k + 1, old[0] * fast + (1 - old[0]) * loss, old[1] * slow + (1 - old[1]) * loss])
+
+
 def oracle_gram(rows: np.ndarray) -> np.ndarray:
     out = np.zeros((rows.shape[2], rows.shape[3], rows.shape[3]))
     for n, t, k in product(*map(range, rows.shape[:3])):
@@ -111,7 +118,7 @@ def kron(V: np.ndarray, L: np.ndarray, R: np.ndarray) -> np.ndarray:
     """(L (x) R) vec(V), vec row-major, that is L V R^T, through the explicit Kronecker product in each group."""
     L, R = full(L, L.ndim == V.ndim), full(R, R.ndim == V.ndim)
     if V.ndim == 2:
-        return (np.kron(L, R) @ V.reshape(-1)).reshape(V.shape)
+        return (np.kron(L, R) @ V.reshape(-1)).reshape(len(L), len(R))
     return np.stack([kron(v, left, right) for v, left, right in zip(V, L, R, strict=True)])
 
 
@@ -157,6 +164,71 @@ def oracle_tensorize(M: np.ndarray, perm: list[int], shape: list[int]) -> np.nda
 def oracle_clip(dots: list[np.ndarray], lr: float, kappa: float) -> float:
     total = sum(float(x) for x in dots if math.isfinite(x))
     return 1.0 if total <= 0 or lr == 0 else min(1.0, math.sqrt(kappa / (lr**2 * total)))
+
+
+def oracle_match(wanted: list[np.ndarray], given: list[np.ndarray]) -> float:
+    top, bottom = (sum(float(x) for x in values if math.isfinite(x)) for values in (wanted, given))
+    return math.sqrt(top / bottom) if bottom > 0 else 1.0
+
+
+def oracle_block_gram(rows: np.ndarray, size: int) -> np.ndarray:
+    d, groups = rows.shape[3], rows.shape[2]
+    n, whole = -(-d // size), oracle_gram(rows).reshape(groups, d, d)
+    out = np.zeros((groups, n, size, size))
+    for k, i, j in product(range(groups), range(d), range(d)):
+        if i // size == j // size:
+            out[k, i // size, i % size, j % size] = whole[k, i, j]
+    return by_group(out)
+
+
+def block_diagonal(M: np.ndarray, V: np.ndarray, d: int) -> np.ndarray:
+    """A side of blocks as the matrix that it stands for; any other as it is."""
+    if M.ndim <= V.ndim:
+        return M
+    if M.ndim == 4:
+        return np.stack([block_diagonal(m, v, d) for m, v in zip(M, V, strict=True)])
+    out = np.zeros((len(M) * M.shape[-1],) * 2)
+    for k, block in enumerate(M):
+        out[k * len(block) : (k + 1) * len(block), k * len(block) : (k + 1) * len(block)] = block
+    return out[:d, :d]
+
+
+def oracle_block_apply(V: np.ndarray, G: np.ndarray, A: np.ndarray) -> np.ndarray:
+    return kron(V, block_diagonal(G, V, V.shape[-2]), block_diagonal(A, V, V.shape[-1]))
+
+
+def oracle_block_trace(factors: list[np.ndarray], groups: int) -> float:
+    def trace(f: np.ndarray) -> float:
+        return float(f.sum() if f.ndim == 1 else np.trace(f, axis1=-2, axis2=-1).sum())
+
+    return sum(math.prod(trace(f[k] if groups > 1 else f) for f in factors) for k in range(groups))
+
+
+def oracle_trace_rule(new: float, old: float, over: float, n: float, move: float, settle: float) -> np.ndarray:
+    moved = math.inf if old == 0 else abs(new - old) / old
+    take = n > 0 and not over and moved > move
+    return np.array([take, new if take else old, bool(over) or (n > 0 and moved < settle)], dtype=float)
+
+
+def oracle_weighted(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    out = np.zeros((x.shape[2], x.shape[3], x.shape[3]))
+    for n, s, k in product(*map(range, x.shape[:3])):
+        out[k] += (w[n, s, k] ** 2).sum() * np.outer(x[n, s, k], x[n, s, k])
+    return by_group(out)
+
+
+def oracle_masked(x: np.ndarray, y: np.ndarray, damping: np.ndarray, dims: int) -> np.ndarray:
+    top = y.max(axis=tuple(range(-dims, 0)), keepdims=True) + 0 * y
+    kept, damping = y > 1e-10 * top, lead(damping, y) + 0 * y
+    return np.array([p / (q + c) if k else 0.0 for p, q, c, k in zip(*(v.flat for v in (x, y, damping, kept)))]).reshape(
+        x.shape
+    )
+
+
+def oracle_recompose(values: np.ndarray, Q: np.ndarray) -> np.ndarray:
+    if Q.ndim == values.ndim:
+        return values
+    return Q @ (values[..., None] * np.swapaxes(Q, -1, -2))
 
 
 def oracle_ema(old: np.ndarray, new: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -219,7 +291,37 @@ def oracle_unpack_triangle(P: np.ndarray) -> np.ndarray:
     return out
 
 
+def oracle_two_term_gain(G: np.ndarray, A: np.ndarray, floor: np.ndarray, sign: int, safeguard: str) -> np.ndarray:
+    def one(x: float) -> float:
+        if safeguard == "absolute":
+            return 1 + abs(x)
+        return 1 + x if 1 + x >= floor else floor if safeguard == "floor" else 1.0
+
+    return 1 / np.vectorize(one)(sign * np.einsum("...o,...i->...oi", G, A))
+
+
+def oracle_decayed(k: np.ndarray, start: np.ndarray, end: np.ndarray, steps: int, warmup: int) -> float:
+    value = float(start)
+    for _ in range(max(0, int(k) - warmup)):
+        value -= 2 * math.log10(start / end) / steps * (value - float(end))
+    return value
+
+
+def oracle_channel_gram(rows: np.ndarray, taps: int) -> np.ndarray:
+    channels = rows.shape[3] // taps
+    out = np.zeros((rows.shape[2], channels + 1, channels + 1))
+    for n, s, k, tap in product(*map(range, rows.shape[:3]), range(taps)):
+        p = np.append(rows[n, s, k, : channels * taps].reshape(channels, taps)[:, tap], 1.0)
+        out[k] += np.outer(p, p) / taps
+    return by_group(out)
+
+
 ORACLES: dict[str, Any] = {
+    "channel_gram": oracle_channel_gram,
+    "patch_diagonal": lambda M, taps, one: np.concatenate(
+        [np.repeat(np.einsum("...ii->...i", M)[..., :-1], taps, -1), M[..., -1, -1:][..., : int(one)]], -1
+    ),
+    "every_position": lambda r, step: np.stack([r[:, s] for s in range(0, r.shape[1], step)], 1),
     "mean_positions": lambda r: r.sum(1, keepdims=True) / r.shape[1],
     "sum_positions": lambda r: sum(r[:, s : s + 1] for s in range(r.shape[1])),
     "gram": oracle_gram,
@@ -227,12 +329,19 @@ ORACLES: dict[str, Any] = {
     "row_sum": lambda r: by_group(np.einsum("bsgd->gd", r)),
     "count": lambda r: r.shape[0] * r.shape[1],
     "second_moment": oracle_second_moment,
+    "block_gram": oracle_block_gram,
+    "block_apply": oracle_block_apply,
+    "block_trace": oracle_block_trace,
+    "trace_rule": oracle_trace_rule,
     "grad_square": lambda a, g: by_group((example_gradients(a, g) ** 2).sum(0)),
     "grad_gram": oracle_grad_gram,
     "lagged_gram": oracle_lagged_gram,
     "examples": lambda r: r.shape[0],
+    "subset_examples": lambda r, share: r[np.arange(math.ceil(share * len(r))) * len(r) // math.ceil(share * len(r))],
+    "two_term_gain": oracle_two_term_gain,
     "chain_gain": lambda G, A: 1 / (1 - G[..., :, None] * A[..., None, :]),
     "finite_chain_gain": oracle_finite_gain,
+    "explained": lambda P, C: np.einsum("...ij,...kj->...ik", P, C),
     "sides_apply": lambda V, G, A: kron(V, G, A),
     "sides_apply_transposed": lambda V, G, A: kron(V, t(G, V), t(A, V)),
     "mean": lambda x, n: x / lead(np.maximum(n, 1), x),
@@ -280,6 +389,15 @@ ORACLES: dict[str, Any] = {
     "dot": lambda x, y: sum(float(p) * float(q) for p, q in zip(x.flat, y.flat, strict=True)),
     "norm": lambda x: math.sqrt(sum(float(p) ** 2 for p in x.flat)),
     "clip_kl": oracle_clip,
+    "match_norm": oracle_match,
+    "weighted_gram": oracle_weighted,
+    "weighted_diag_gram": lambda x, w: np.einsum("...ii->...i", oracle_weighted(x, w)),
+    "entries_mean": lambda x, dims: x.mean(tuple(range(-dims, 0))),
+    "at_least": lambda x, floor: np.where(x > lead(floor, x), x, lead(floor, x)),
+    "or_one": np.vectorize(lambda x: x if 0 < x < math.inf else 1.0),
+    "masked_divide": oracle_masked,
+    "recompose": oracle_recompose,
+    "largest": lambda xs: max(0.0, *(float(v) for x in xs for v in x.flat if math.isfinite(v))),
     "finite": lambda xs: all(np.isfinite(x).all() for x in xs),
     "scale": lambda x, c: x * lead(c, x),
     "copy": lambda x: x,
@@ -294,16 +412,52 @@ ORACLES: dict[str, Any] = {
     "dot_each": lambda x, y: np.array([(p * q).sum() for p, q in zip(x, y, strict=True)]),
     "finite_each": lambda xs: np.array([all(np.isfinite(x[i]).all() for x in xs) for i in range(len(xs[0]))]),
     "last_column_each": lambda M: np.array([np.take(m, -1, axis=-1).ravel() for m in M]),
+    "loss_averages": lambda *numbers: oracle_loss_averages(*map(float, numbers)),
+    "loss_rule": lambda fast, slow, best, over, k, below, after: np.array(
+        [max(best, slow - fast), 1.0 if over or (k >= after and slow - fast < below * max(best, slow - fast)) else 0.0]
+    ),
+    "mode_mean": lambda T, m: np.array([row.mean() for row in unfold(T, m)]),
+    "outer_all": lambda vs: np.array([math.prod(values) for values in product(*vs)]),
     "mode_gram_each": lambda T, m: np.array([unfold(x, m) @ unfold(x, m).T for x in T]),
     "mode_diag_each": lambda T, m: np.array([(unfold(x, m) ** 2).sum(1) for x in T]),
     "mode_apply_each": lambda T, M, m: np.array([oracle_mode_apply(x, y, m) for x, y in zip(T, M, strict=True)]),
+    "push_rows": lambda old, new, w: (
+        old if w == 1 else np.concatenate([math.sqrt(1 - w) * new, math.sqrt(w) * old], -2)[..., : old.shape[-2], :]
+    ),
+    "factor_diagonal": lambda X: np.einsum("...md,...md->...d", X, X),
+    "damped_rows": lambda X, c: X @ np.linalg.inv(t(X, X) @ X + lead(c, X) * np.eye(X.shape[-1])),
+    "rows_between": lambda G, A, c: c * np.einsum("...mo,...mi->...oi", G, A),
+    "unexplained": lambda V, G, A, c: (
+        lambda rest: rest * (np.abs(rest).max() > 1e-9)
+    )(V - c * np.einsum("...mo,...mi->...oi", G, A)),
+    "pairs_solve": lambda V, A, G, M, c: (
+        V - np.einsum("...jo,...jk,...kp,...kq,...pq,...ji->...oi", G, M, G, A, V, A)
+    ) / c,
+    "reweighted": lambda A, G, M, c: c * np.einsum("...jo,...jk,...ji->...oi", G, M, A),
+    "either": lambda flag, x, y: x if flag == 1 else y,
+    "within_steps": lambda step, a, b, c: float(step) in (*range(a), *range(b + 1, c + 1)),
+    "decayed": oracle_decayed,
+    "pull_back": lambda G, W, S, n: (W.T @ full(G, G.ndim == 2) @ W * S)[:n, :n],
     "unpack": lambda v, offset, shape: np.array([v[offset + k] for k in range(math.prod(shape))]).reshape(shape),
 }
+SLOPES: dict[str, Any] = {
+    "tanh": lambda x: 1 - x * x,
+    "sigmoid": lambda x: x * (1 - x),
+    "relu": lambda x: (x > 0) * 1.0,
+    "leaky_relu": lambda x: np.where(x > 0, 1.0, 0.01),
+    "softplus": lambda x: 1 - np.exp(-x),
+}
+ORACLES |= {f"slopes_{name}": slope for name, slope in SLOPES.items()}
 # Not unique, random, or in a precision that numpy lacks: tested by what holds.
 INDIRECT = {"eigh", "chain_modes", "symmetric_chain_modes", "signs", "track_basis", "cast"}
 # Tested against dense inverses, roots and per-example gradients: test_rank1, test_newton, test_row_kernel, passes.
 INDIRECT |= {"rank1_update", "rank1_apply", "rank1_right_apply", "stabilize", "newton_root", "newton_schulz"}
+INDIRECT |= {"fit_squared", "fit_matching"}  # test_local
 INDIRECT |= {"row_kernel", "pointwise"}
+INDIRECT |= {"centred", "uncorrelated_apply"}  # against the dense solve: tests/methods/test_kfc.py
+INDIRECT |= {"keep_rows", "whitened_rows", "rows_solve", "norm_switch"}  # test_sample_space
+INDIRECT |= {"spaced_pairs", "sampled_pairs", "interpolated_pairs", "pairs_kernel"}  # test_sample_pairs
+INDIRECT |= {"top_kron", "top_two_kron", "pencil_modes"}  # against singular values and dense inverses: test_top_kron
 
 
 def test_every_op_has_an_oracle() -> None:

@@ -9,7 +9,7 @@ import torch
 
 import fxcurv.ir.ops  # noqa: F401  (registers the ops)
 from fxcurv.ir.op import OPS, Op, Trait
-from fxcurv.ir.types import Diag, Mat, Orth, Packed, Psd, Rows, Scalar, Tensor, Type, Vec
+from fxcurv.ir.types import Diag, Mat, Orth, Packed, Psd, Rows, Scalar, Sym, Tensor, Type, Vec
 
 PURE = [
     op for op in OPS.values() if op.reference.__module__.startswith("fxcurv.ir.ops.") and Trait.ORACLE not in op.traits
@@ -42,15 +42,29 @@ def with_trait(trait: Trait) -> list[Any]:
 
 ROWS = {"mean_positions", "sum_positions", "gram", "diag_gram", "row_sum", "count", "grad_square", "grad_gram"}
 ROWS |= {"lagged_gram", "examples", "row_kernel"}
+ROWS |= {"weighted_gram", "weighted_diag_gram"}
 FACTOR = {"inverse", "border", "eigh", "inverse_root", "mean_diagonal", "pi_split"}
 MATRIX = {"kron_apply", "rotate", "rotate_back", "right_apply", "unit_apply"}
 RANK1: dict[str, tuple[Any, ...]] = {
     "rank1_update": (Psd, Vec, Scalar, bool),
-    "stabilize": (Psd, Scalar, Scalar),
+    "stabilize": (Psd, Scalar, Scalar, bool),
     "rank1_apply": (Mat, Vec, Vec, Scalar),
     "rank1_right_apply": (Mat, Vec, Scalar),
     "newton_root": (Psd, int, Scalar, int),
     "newton_schulz": (Mat, int),
+}
+PAIRS = (Rows, Rows, int, Scalar, Scalar, Scalar)
+SAMPLE_SPACE: dict[str, tuple[Any, ...]] = {
+    "keep_rows": (Rows, int),
+    "push_rows": (Mat, Mat, Scalar),
+    "factor_diagonal": (Mat,),
+    "whitened_rows": (Mat, Scalar),
+    "damped_rows": (Mat, Scalar),
+    "rows_between": (Mat, Mat, Scalar),
+    "unexplained": (Mat, Mat, Mat, Scalar),
+    "pairs_solve": (Mat, Mat, Mat, Psd, Scalar),
+    "reweighted": (Mat, Mat, Psd, Scalar),
+    **dict.fromkeys(("spaced_pairs", "interpolated_pairs", "sampled_pairs"), PAIRS),
 }
 NORMAL_FORM = {"tensorize", "append_column", "weight_columns", "last_column"}
 
@@ -92,24 +106,64 @@ def typed(name: str, operands: tuple[Any, ...]) -> list[Any]:
     if name in ("row_product", "sides_rows"):
         rows = [of(Rows, x) for x in operands[:2]]
         return [*rows, *(tree(x, lambda t: of(Vec if t.ndim == 1 else Psd, t)) for x in operands[2:])]
+    if name == "subset_examples":
+        return [of(Rows, operands[0]), operands[1]]
+    if name in ("top_kron", "top_two_kron"):
+        a, g, weight, *rest = operands
+        return [of(Rows, a), of(Rows, g), of(Scalar, weight), *(tree(x, lambda t: of(Sym, t)) for x in rest)]
+    if name in ("pencil_modes", "two_term_gain"):
+        classes = (Psd, Sym, Scalar) if name == "pencil_modes" else (Vec, Vec, Scalar)
+        return [of(cls, x) for cls, x in zip(classes, operands, strict=False)] + list(operands[3:])
     if name in ("chain_modes", "symmetric_chain_modes"):
         return [of(cls, x) for cls, x in zip((Psd, Mat, Scalar), operands, strict=True)]
     if name in ("chain_gain", "finite_chain_gain"):
         return [of(cls, x) for cls, x in zip((Vec, Vec, Scalar), operands, strict=False)]
-    if name in ("sides_apply", "sides_apply_transposed"):
+    if name in ("sides_apply", "sides_apply_transposed", "explained"):
         return [of(Mat, x) for x in operands]
+    if name in ("at_least", "masked_divide"):
+        values = 2 if name == "masked_divide" else 1
+        given = [plain(x) for x in operands[:values]]
+        return given + [of(Scalar, x) if isinstance(x, torch.Tensor) else x for x in operands[values:]]
+    if name == "recompose":
+        return [of(Vec, operands[0]), square(operands[1], operands[0].ndim + 1, Orth)]
+    if name == "largest":
+        return [[of(Scalar, x) for x in operands[0]]]
+    if name == "entries_mean":
+        return [plain(operands[0]), operands[1]]
+    if name == "block_gram":
+        return [of(Rows, operands[0]), operands[1]]
+    if name == "block_apply":
+        V, *sides = operands
+        return [of(Mat, V), *(of(Psd if x.ndim >= V.ndim else Diag, x) for x in sides)]
+    if name == "block_trace":
+        return [[of(Psd if x.ndim > 1 and x.shape[-1] == x.shape[-2] else Diag, x) for x in operands[0]], operands[1]]
+    if name == "trace_rule":
+        return [of(Scalar, x) for x in operands]
+    if name in SAMPLE_SPACE:
+        found = zip(SAMPLE_SPACE[name], operands, strict=False)
+        return [of(c, x) if isinstance(x, torch.Tensor) else x for c, x in found] + [x for x in operands[6:]]
+    if name == "pairs_kernel":
+        return [[of(c, x) for x in xs] for c, xs in zip((Mat, Mat, Psd), operands, strict=True)]
+    if name == "rows_solve":
+        V, *sides = operands
+        whole = [[of(Mat, side[0]), of(Scalar, side[1])] if len(side) == 2 else None for side in sides]
+        return [of(Mat, V), *(w or [square(side[0], V.ndim, Psd)] for w, side in zip(whole, sides, strict=True))]
     if name == "pointwise":
         xs, steps, kept = operands
         dims = max(x.ndim for x in xs)
         return [[plain(x) if x.ndim == dims else of(Scalar, x) for x in xs], steps, kept]
     if name in RANK1:
         classes = RANK1[name]
+        if operands[-1] is True if name == "stabilize" else name == "rank1_update" and operands[0].ndim == operands[1].ndim:
+            classes = (Diag, *classes[1:])
         return [of(c, x) if isinstance(x, torch.Tensor) else x for c, x in zip(classes, operands, strict=False)]
     if name in ("unstack", "dot_each", "finite_each", "last_column_each"):
         cls = Mat if name == "last_column_each" else Tensor
         return [tree(x, lambda t: of(cls, t)) for x in operands]
     if name == "mode_apply_each":
         return [plain(operands[0]), square(operands[1], 3, Psd), operands[2]]
+    if name == "outer_all":
+        return [tree(x, lambda t: of(Vec, t)) for x in operands]
     if name == "mode_apply":
         return [plain(operands[0]), square(operands[1], 2, Psd), operands[2]]
     if name in NORMAL_FORM:
@@ -126,6 +180,15 @@ def typed(name: str, operands: tuple[Any, ...]) -> list[Any]:
         return [of(Packed, operands[0])]
     if name == "cast":
         return [plain(operands[0]), operands[1]]
+    if name.startswith("slopes_"):
+        return [of(Rows, x) for x in operands]
+    if name == "pull_back":
+        G, W, S, size = operands
+        return [square(G, 2, Psd), of(Mat, W), of(Psd if S.ndim else Scalar, S), size]
+    if name in ("fit_squared", "fit_matching"):
+        V, H, *rest = operands
+        second = square(H, V.ndim, Psd) if name == "fit_squared" else of(Rows, H)
+        return [of(Mat, V), second, *(tree(x, lambda t: of(Mat if t.ndim else Scalar, t)) for x in rest)]
     if name in ("mean", "scale", "bias_correct"):
         return [plain(operands[0]), *(of(Scalar, x) for x in operands[1:])]
     if name in ("add", "sub", "mul", "div") and operands[0].ndim != operands[1].ndim:
@@ -173,7 +236,7 @@ def test_non_contiguous_operands(op: Op, index: int) -> None:
 @pytest.mark.parametrize(("op", "index"), with_trait(Trait.ADDITIVE))
 def test_additive_over_examples(op: Op, index: int) -> None:
     operands = sample(op, index)
-    rows = [x for x in operands if x.ndim == 4]
+    rows = [x for x in operands if isinstance(x, torch.Tensor) and x.ndim == 4]
     rest = operands[len(rows) :]
     cut = rows[0].shape[0] // 2
     parts = op(*(x[:cut] for x in rows), *rest) + op(*(x[cut:] for x in rows), *rest)
@@ -195,7 +258,7 @@ def test_linear_in_the_first_operand(op: Op, index: int) -> None:
     torch.testing.assert_close(combined, op(x, *rest) + 3 * op(y, *rest), rtol=1e-9, atol=1e-10)
 
 
-FLAGS = {"inverse": 1, "inverse_root": 1, "eigh": 1, "mean_diagonal": 1, "pi_split": 2}
+FLAGS = {"stabilize": 1, "inverse": 1, "inverse_root": 1, "eigh": 1, "mean_diagonal": 1, "pi_split": 2}
 
 
 @pytest.mark.parametrize(("op", "index"), with_trait(Trait.BATCHABLE))

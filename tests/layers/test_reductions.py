@@ -57,7 +57,7 @@ def test_convolution(bias: bool, options: dict[str, object]):
     x = torch.randn(5, 3, 7, 6, dtype=torch.float64)
     module = nn.Conv2d(3, 4, (3, 2), bias=bias, **options).double()  # type: ignore[arg-type]
     g = torch.randn_like(module(x))
-    for text in ("gram(c.a)", "gram(c.g)", "count(c.a)"):
+    for text in ("gram(c.a)", "gram(c.g)", "count(c.a)", "row_sum(c.a)"):
         check(form, text, x, g)
 
 
@@ -69,7 +69,9 @@ def test_embedding(padding: int | None, scale: float):
     x = torch.tensor([[0, 2, 2, 5], [1, 1, 1, 1], [2, 2, 2, 2]])
     g = torch.randn(3, 4, 3)
     basis = torch.linalg.qr(torch.randn(3, 3))[0]
-    for text in ("diag_gram(e.a)", "grad_square(e.a, e.g)", "gram(e.g)"):
+    for text in ("diag_gram(e.a)", "row_sum(e.a)", "grad_square(e.a, e.g)", "gram(e.g)"):
+        check(form, text, x, g)
+    for text in ("weighted_diag_gram(e.a, e.g)", "weighted_gram(e.g, e.a)", "weighted_diag_gram(e.g, e.a)"):
         check(form, text, x, g)
     check(form, "second_moment(e.a, e.g, $s0, $s1)", x, g, torch.ones(6), basis)
     counted = TapSpec(form, (parse_statistic("count(e.a)"),)).measure(0, x, g, ())  # type: ignore[arg-type]

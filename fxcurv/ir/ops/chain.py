@@ -9,6 +9,7 @@ functions are limits 0/0 or have poles, so x is kept EDGE away from there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ EDGE = 1e-4
 """Distance that products of eigenvalues keep from -1 and 1, and smallest eigenvalue of a sum over time."""
 
 
-def _whitened(C0: Tensor, C1: Tensor, damping: Any) -> tuple[Tensor, Tensor, Tensor]:
+def whitened(C0: Tensor, C1: Tensor, damping: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(D^-1/2, D^-1, D^-1/2 C1 D^-1/2) with D = C0 + damping I; NaN where D is not positive definite."""
     values, vectors = decompose(shifted(C0, damping))
     roots = torch.where(values > 0, values, NAN).rsqrt().unsqueeze(-2)
@@ -39,7 +40,7 @@ def _chain_modes(C0: Tensor, C1: Tensor, damping: Tensor) -> tuple[Tensor, Tenso
     Martens et al. 2018, "option 2". NaN where D is not positive definite.
     """
     wide = accumulator(C0.dtype)
-    half, inverse, transition = _whitened(C0.to(wide), C1.to(wide), damping)
+    half, inverse, transition = whitened(C0.to(wide), C1.to(wide), damping)
     mu, vectors = decompose(symmetric(transition.mT @ transition))
     results = (C1.to(wide).mT @ inverse, half @ vectors, mu.clamp(0.0, 1.0))
     return results[0].to(C0.dtype), results[1].to(C0.dtype), results[2].to(C0.dtype)
@@ -51,7 +52,7 @@ def _symmetric_chain_modes(C0: Tensor, C1: Tensor, damping: Tensor) -> tuple[Ten
     D = C0 + damping I, H = D^-1/2 (C1 + C1^T)/2 D^-1/2. Types as in ``chain_modes``. Martens et al. 2018, "option 1".
     """
     wide = accumulator(C0.dtype)
-    half, _, transition = _whitened(C0.to(wide), symmetric(C1.to(wide)), damping)
+    half, _, transition = whitened(C0.to(wide), symmetric(C1.to(wide)), damping)
     psi, vectors = decompose(symmetric(transition))
     return (half @ vectors).to(C0.dtype), psi.clamp(-1.0, 1.0).to(C0.dtype)
 
@@ -85,13 +86,16 @@ def _finite_chain_gain(psiG: Tensor, psiA: Tensor, steps: Tensor) -> Tensor:
 
 
 def _sides_apply(V: Tensor, G: Tensor, A: Tensor) -> Tensor:
-    """G V A^T: the Kronecker product of two general matrices applied to a gradient, Mat (o, i) or (G, o, i)."""
+    """G V A^T: the Kronecker product of two general matrices applied to a gradient, Mat (o, i) or (G, o, i).
+
+    G: (p, o), A: (q, i) -> Mat (p, q); square for a layer's own sides.
+    """
     V, G, A = align(V, G, A)
     return G @ V @ A.mT
 
 
 def _sides_apply_transposed(V: Tensor, G: Tensor, A: Tensor) -> Tensor:
-    """G^T V A: the transpose of ``sides_apply``, Mat (o, i) or (G, o, i)."""
+    """G^T V A: the transpose of ``sides_apply``, Mat (o, i) or (G, o, i); G: (o, p), A: (i, q) -> Mat (p, q)."""
     V, G, A = align(V, G, A)
     return G.mT @ V @ A
 
@@ -117,12 +121,16 @@ def _infer_gain(name: str) -> Callable[..., Type]:
     return infer
 
 
-def _infer_sides(name: str) -> Callable[[Type, Type, Type], Type]:
+def _infer_sides(name: str, met: int) -> Callable[[Type, Type, Type], Type]:
+    """met: the dimension of a side, -1 or -2, that meets V; the other one is the result's."""
+
     def infer(V: Type, G: Type, A: Type) -> Type:
         need(name, "V", V, Mat)
         for operand, side, size in (("G", G, V.shape[-2]), ("A", A, V.shape[-1])):
-            need_shape(name, operand, need(name, operand, side, Mat, Psd, Orth), (*V.batch, size, size))
-        return Mat(V.shape, promote(V, G, A))
+            core = (None, size) if met == -1 else (size, None)
+            need_shape(name, operand, need(name, operand, side, Mat, Psd, Orth), (*V.batch, *core))
+        left = -3 - met
+        return Mat((*V.batch, G.shape[left], A.shape[left]), promote(V, G, A))
 
     return infer
 
@@ -154,10 +162,12 @@ def _finite_gain_samples() -> Iterator[tuple[Tensor, ...]]:
         yield G, A * draw.normal(*A.shape).sign(), draw.number(steps)
 
 
-def _side_samples() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _side_samples(transposed: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     draw = Draw(34)
-    for groups, o, i in (((), 3, 5), ((), 1, 1), ((4,), 3, 2), ((3,), 3, 3)):
-        yield draw.normal(*groups, o, i), draw.normal(*groups, o, o), draw.normal(*groups, i, i)
+    square = [(groups, o, i, o, i) for groups, o, i in (((), 3, 5), ((), 1, 1), ((4,), 3, 2), ((3,), 3, 3))]
+    for groups, o, i, p, q in (*square, ((), 3, 5, 4, 2)):
+        left, right = draw.normal(*groups, p, o), draw.normal(*groups, q, i)
+        yield draw.normal(*groups, o, i), *((left.mT, right.mT) if transposed else (left, right))
 
 
 def _side_flops(V: Type, G: Type, A: Type) -> float:
@@ -204,10 +214,13 @@ sides_apply, sides_apply_transposed = (
         name,
         "(Tensor V, Tensor G, Tensor A) -> Tensor",
         reference,
-        _infer_sides(name),
-        _side_samples,
+        _infer_sides(name, met),
+        partial(_side_samples, met == -2),
         flops=_side_flops,
         traits=frozenset({Trait.LINEAR, Trait.BATCHABLE}),
     )
-    for name, reference in (("sides_apply", _sides_apply), ("sides_apply_transposed", _sides_apply_transposed))
+    for name, reference, met in (
+        ("sides_apply", _sides_apply, -1),
+        ("sides_apply_transposed", _sides_apply_transposed, -2),
+    )
 )

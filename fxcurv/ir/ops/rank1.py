@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxcurv.errors import FxcurvError
 from fxcurv.ir.op import Op, Trait
 from fxcurv.ir.ops.draws import Draw
-from fxcurv.ir.ops.rules import accumulator, align, need, need_scalar, need_shape, promote, spread
-from fxcurv.ir.types import Mat, Psd, Type, Vec
+from fxcurv.ir.ops.rules import accumulator, align, need, need_flag, need_scalar, need_shape, promote, spread
+from fxcurv.ir.types import Diag, Mat, Psd, Type, Vec
 
 STACKABLE = frozenset({Trait.BATCHABLE})
 LINEAR = STACKABLE | {Trait.LINEAR}
@@ -27,7 +28,10 @@ def _rank1_update(AI: Tensor, v: Tensor, gamma: Tensor, printed: bool = False) -
     Mozaffari et al. 2023 (MKOR) print: gamma AI + (1 - gamma) / (gamma^2 (1 + gamma (1 - gamma) v^T u)) u u^T, which
     stays positive definite for any sequence of v but is no inverse: along v it grows where the exact one shrinks.
     AI: Psd (d, d) or (G, d, d); v: Vec (d,) or (G, d); gamma: number, Scalar or one a group, weight of the OLD factor.
+    A Diag of v's shape is the inverse of a diagonal factor: every coordinate is updated as a matrix of one row.
     """
+    if AI.ndim == v.ndim:
+        return _rank1_update(AI[..., None, None], v[..., None], gamma, printed)[..., 0, 0]
     dtype = accumulator(AI.dtype)
     inverse, vector = AI.to(dtype), v.to(dtype)
     u = (inverse @ vector.unsqueeze(-1)).squeeze(-1)
@@ -43,10 +47,11 @@ def _rank1_update(AI: Tensor, v: Tensor, gamma: Tensor, printed: bool = False) -
 
 
 def _infer_rank1_update(AI: Type, v: Type, gamma: Any, printed: bool = False) -> Type:
-    need("rank1_update", "AI", AI, Psd)
-    need_shape("rank1_update", "v", need("rank1_update", "v", v, Vec), AI.shape[:-1])
+    need("rank1_update", "AI", AI, Psd, Diag)
+    size = AI.shape if isinstance(AI, Diag) else AI.shape[:-1]
+    need_shape("rank1_update", "v", need("rank1_update", "v", v, Vec), size)
     need_scalar("rank1_update", "gamma", gamma, AI.batch)
-    return Psd(AI.shape, AI.dtype)
+    return type(AI)(AI.shape, AI.dtype)
 
 
 def _update_samples() -> Iterator[tuple[Any, ...]]:
@@ -55,6 +60,8 @@ def _update_samples() -> Iterator[tuple[Any, ...]]:
         for printed in (False, True):
             yield draw.psd(d, *groups), draw.normal(*groups, d), draw.number(0.6), printed
     yield draw.psd(3, 4), draw.normal(4, 3), draw.number(0.5, 4)
+    yield draw.positive(5), draw.normal(5), draw.number(0.6)
+    yield draw.positive(3, 3), draw.normal(3, 3), draw.number(0.5, 3), True
 
 
 rank1_update = Op(
@@ -68,39 +75,45 @@ rank1_update = Op(
 )
 
 
-def _stabilize(AI: Tensor, limit: Tensor, zeta: Tensor) -> Tensor:
+def _stabilize(AI: Tensor, limit: Tensor, zeta: Tensor, diagonal: bool = False) -> Tensor:
     """zeta AI + (1 - zeta) I where the largest |entry| of AI is above ``limit``, else AI (MKOR's stabilizer).
 
     AI: Psd (d, d) or (G, d, d), each matrix for itself; limit, zeta: numbers, Scalars or one a group.
+    ``diagonal=True`` says that AI is a Diag (d,) or (G, d).
     """
     dtype = accumulator(AI.dtype)
     wide = AI.to(dtype)
-    largest = wide.abs().amax(dim=(-2, -1))
-    identity = torch.eye(AI.shape[-1], dtype=dtype, device=AI.device)
+    largest = wide.abs().amax(dim=-1 if diagonal else (-2, -1))
+    size = AI.shape[-1]
+    kind = {"dtype": dtype, "device": AI.device}
+    identity = torch.ones(size, **kind) if diagonal else torch.eye(size, **kind)
     weight = torch.where(largest > spread(limit, largest), spread(zeta, largest), torch.ones_like(largest))
     return (spread(weight, wide) * wide + spread(1.0 - weight, wide) * identity).to(AI.dtype)
 
 
-def _infer_stabilize(AI: Type, limit: Any, zeta: Any) -> Type:
-    need("stabilize", "AI", AI, Psd)
+def _infer_stabilize(AI: Type, limit: Any, zeta: Any, diagonal: bool = False) -> Type:
+    need_flag("stabilize", "AI", AI, diagonal)
+    if isinstance(AI, Diag) and not diagonal:
+        raise FxcurvError(f"op 'stabilize' would read {AI} as a matrix; pass diagonal=True with it.")
     need_scalar("stabilize", "limit", limit, AI.batch)
     need_scalar("stabilize", "zeta", zeta, AI.batch)
-    return Psd(AI.shape, AI.dtype)
+    return type(AI)(AI.shape, AI.dtype)
 
 
 def _stabilize_samples() -> Iterator[tuple[Any, ...]]:
     draw = Draw(42)
     for d, groups, limit in ((1, (), 0.0), (5, (), 0.0), (5, (), 1e9), (3, (4,), 1.0)):
         yield draw.psd(d, *groups), draw.number(limit), draw.number(0.7)
+        yield draw.positive(*groups, d), draw.number(limit), draw.number(0.7), True
 
 
 stabilize = Op(
     "stabilize",
-    "(Tensor AI, Tensor limit, Tensor zeta) -> Tensor",
+    "(Tensor AI, Tensor limit, Tensor zeta, bool diagonal=False) -> Tensor",
     _stabilize,
     _infer_stabilize,
     _stabilize_samples,
-    flops=lambda AI, limit, zeta: 4 * AI.numel,
+    flops=lambda AI, limit, zeta, diagonal=False: 4 * AI.numel,
     traits=STACKABLE,
 )
 

@@ -114,7 +114,9 @@ def _numel(x: Type, *rest: Any) -> float:
 
 copy = Op("copy", "(Tensor x) -> Tensor", _copy, _plain, _singles, traits=_STACKABLE)
 one_like = Op("one_like", "(Tensor x) -> Tensor", _one_like, _plain, _singles, traits=_STACKABLE)
-safe_ratio = Op("safe_ratio", "(Tensor x, Tensor y) -> Tensor", _safe_ratio, _infer_ratio, _ratios, _numel)
+safe_ratio = Op(
+    "safe_ratio", "(Tensor x, Tensor y) -> Tensor", _safe_ratio, _infer_ratio, _ratios, _numel, traits=_STACKABLE
+)
 damped_divide = Op(
     "damped_divide",
     "(Tensor x, Tensor y, Tensor damping) -> Tensor",

@@ -1,4 +1,4 @@
-"""Scalars over whole updates: products, norms, the KL clip and the finite check."""
+"""Scalars over whole updates: products, norms, their rescalings and the finite check."""
 
 from __future__ import annotations
 
@@ -66,6 +66,15 @@ norm = Op(
 )
 
 
+def _total(numbers: Sequence[Tensor]) -> Tensor:
+    """Sum of Scalars or stacks of them in their common dtype; what is not finite counts as 0."""
+    dtype = numbers[0].dtype
+    for one in numbers[1:]:
+        dtype = torch.promote_types(dtype, one.dtype)
+    joint = torch.cat([one.reshape(-1).to(dtype) for one in numbers])
+    return torch.where(torch.isfinite(joint), joint, 0.0).sum()
+
+
 def _clip_kl(dots: Sequence[Tensor], lr: Tensor, kappa: Tensor) -> Tensor:
     """nu = min(1, sqrt(kappa / (lr^2 sum dots))): one factor for all layers that keeps lr^2 u^T F u below kappa.
 
@@ -73,13 +82,8 @@ def _clip_kl(dots: Sequence[Tensor], lr: Tensor, kappa: Tensor) -> Tensor:
     lr, kappa: numbers or Scalars. Ba, Grosse & Martens 2017 (distributed K-FAC); the Scalar has the common dtype of
     ``dots``.
     """
-    dtype = dots[0].dtype
-    for one in dots[1:]:
-        dtype = torch.promote_types(dtype, one.dtype)
-    joint = torch.cat([one.reshape(-1).to(dtype) for one in dots])
-    total = torch.where(torch.isfinite(joint), joint, 0.0).sum()
-    lr = torch.as_tensor(lr, dtype=dtype, device=total.device)
-    kappa = torch.as_tensor(kappa, dtype=dtype, device=total.device)
+    total = _total(dots)
+    lr, kappa = (torch.as_tensor(number, dtype=total.dtype, device=total.device) for number in (lr, kappa))
     change = lr.square() * total
     clip = change > kappa  # the square root only where it is below 1: no division by 0
     return torch.where(clip, (kappa / torch.where(clip, change, 1.0)).sqrt(), torch.ones_like(total))
@@ -118,6 +122,41 @@ clip_kl = Op(
     _infer_clip_kl,
     _clip_samples,
     flops=lambda dots, lr, kappa: len(dots),
+)
+
+
+def _match_norm(wanted: Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
+    """sqrt(sum wanted / sum given), and 1 where the latter is 0: the factor that brings one joint norm to another.
+
+    wanted, given: Scalars <x, x>, one a layer, or stacks of them; one that is not finite counts as 0. The Scalar has
+    the common dtype of all.
+    """
+    wanted_total, given_total = _total(wanted), _total(given)
+    some = given_total > 0
+    ratio = wanted_total / torch.where(some, given_total, 1.0)
+    return torch.where(some, ratio.sqrt(), torch.ones_like(ratio))
+
+
+def _infer_match_norm(wanted: Sequence[Type], given: Sequence[Type]) -> Type:
+    for operand, numbers in (("wanted", wanted), ("given", given)):
+        _need_list("match_norm", operand, numbers)
+        for one in numbers:
+            need("match_norm", operand, one, Scalar)
+    return Scalar((), promote(*wanted, *given))
+
+
+def _match_samples() -> Iterator[tuple[Any, ...]]:
+    for wanted, given in (([3.0, 1.0], [0.5, 7.0]), ([2.0], [0.0]), ([0.0], [2.0]), ([4.0, float("nan")], [1.0, 0.0])):
+        yield tuple([torch.tensor(value, dtype=torch.float64) for value in values] for values in (wanted, given))
+
+
+match_norm = Op(
+    "match_norm",
+    "(Tensor[] wanted, Tensor[] given) -> Tensor",
+    _match_norm,
+    _infer_match_norm,
+    _match_samples,
+    flops=lambda wanted, given: len(wanted) + len(given),
 )
 
 

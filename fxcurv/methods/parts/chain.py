@@ -17,7 +17,7 @@ from fxcurv.ir.program import REFRESH, Builder
 from fxcurv.methods.facts import Facts, Target
 from fxcurv.methods.method import Method, Solve, curvature_weight
 from fxcurv.methods.parts.estimate import Kron
-from fxcurv.methods.parts.solve import Inverse, Parts
+from fxcurv.methods.parts.solve import Inverse, Parts, between
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Symmetric(Solve):
             modes = {c: b.symmetric_chain_modes(parts[c], parts[f"{c}1"], damping[c]) for c in ("A", "G")}
             (l_a, psi_a), (l_g, psi_g) = ([b.item(modes[c], i) for i in range(2)] for c in ("A", "G"))
             gain = b.finite_chain_gain(psi_g, psi_a, parts["T"])
-        return _between(b, gradient, l_g, l_a, gain)
+        return between(b, gradient, l_g, l_a, gain)
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,5 @@ class Stationary(Solve):
             (p_a, k_a, mu_a), (p_g, k_g, mu_g) = ([b.item(modes[c], i) for i in range(3)] for c in ("A", "G"))
             gain = b.chain_gain(mu_g, mu_a)
         ahead = b.sub(gradient, b.sides_apply(gradient, p_g, p_a))
-        middle = _between(b, ahead, k_g, k_a, gain)
+        middle = between(b, ahead, k_g, k_a, gain)
         return b.sub(middle, b.sides_apply_transposed(middle, p_g, p_a))
-
-
-def _between(b: Builder, value: fx.Node, left: fx.Node, right: fx.Node, gain: fx.Node) -> fx.Node:
-    """L [ gain * (L^T value R) ] R^T."""
-    return b.sides_apply(b.mul(gain, b.sides_apply_transposed(value, left, right)), left, right)

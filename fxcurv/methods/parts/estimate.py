@@ -13,13 +13,13 @@ from fxcurv.methods.facts import Facts, Target
 from fxcurv.methods.method import Estimate, curvature_weight, flag
 
 
-def shared_rows(b: Builder, facts: Facts, target: Target, side: str) -> fx.Node:
+def shared_rows(b: Builder, facts: Facts, target: Target, side: str, alone: bool = True) -> fx.Node:
     """Rows of a side in the chosen flavour of weight sharing.
 
     "expand" lets every position act as an example. "reduce" takes the mean input and the summed output gradient over
-    the positions of an example (Eschenhagen et al., 2023).
+    the positions of an example (Eschenhagen et al., 2023). alone: see :meth:`Target.rows`.
     """
-    rows = target.rows(b, side, alone=True)
+    rows = target.rows(b, side, alone)
     if facts.sharing == "expand" or target.diagonal_input:
         return rows
     return b.mean_positions(rows) if side[0] == "a" else b.sum_positions(rows)
@@ -30,9 +30,9 @@ def moment(b: Builder, facts: Facts, rows: fx.Node, size: int, diagonal: bool = 
     return b.diag_gram(rows) if diagonal or size > facts.max_factor_dim else b.gram(rows)
 
 
-def input_factor(b: Builder, facts: Facts, target: Target) -> fx.Node:
-    """A = mean over rows of a a^T, Psd[groups; d_in] (or its diagonal)."""
-    rows = shared_rows(b, facts, target, "a")
+def input_factor(b: Builder, facts: Facts, target: Target, rows: fx.Node | None = None) -> fx.Node:
+    """A = mean over ``rows``, all by default, of a a^T, Psd[groups; d_in] (or its diagonal)."""
+    rows = shared_rows(b, facts, target, "a") if rows is None else rows
     total = moment(b, facts, rows, target.d_in, target.diagonal_input)
     return b.mean(total, b.count(rows))
 
@@ -52,8 +52,13 @@ class Kron(Estimate):
     are merged with a matched trace: kron(G, A + (tr H / tr G) C).
     """
 
+    def rows_a(self, b: Builder, facts: Facts, target: Target) -> fx.Node:
+        """The rows that A is the mean over."""
+        return shared_rows(b, facts, target, "a")
+
     def measure(self, b: Builder, facts: Facts, target: Target) -> dict[str, fx.Node]:
-        inputs, outputs = input_factor(b, facts, target), output_factor(b, facts, target)
+        inputs = input_factor(b, facts, target, self.rows_a(b, facts, target))
+        outputs = output_factor(b, facts, target)
         if target.swapped:
             tokens = target.rows(b, "a2")
             frequency = b.mean(b.diag_gram(tokens), b.count(tokens))

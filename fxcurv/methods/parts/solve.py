@@ -11,22 +11,30 @@ from fxcurv.ir.schedule import FIRST, NEVER
 from fxcurv.ir.types import Diag, Orth, Type
 from fxcurv.methods.dense import full, kron
 from fxcurv.methods.facts import Facts, Target
-from fxcurv.methods.method import Method, Solve, curvature_weight, flag, hyper, is_diagonal
+from fxcurv.methods.method import Damp, Method, Solve, curvature_weight, flag, hyper, is_diagonal
+from fxcurv.methods.parts.damp import Tikhonov, sides_of
 
 Parts = dict[str, fx.Node]
 
 
 @dataclass(frozen=True)
 class Inverse(Solve):
-    """U = (G + dG I)^-1 V (A + dA I)^-1 by Cholesky factorisations; a side without a factor is left alone."""
+    """U = (G + dG I)^-1 V (A + dA I)^-1 by Cholesky factorisations; a side without a factor is left alone.
+
+    An estimate c kron(G, A) has sqrt(c) in either factor before it is damped.
+    """
 
     def direction(
         self, b: Builder, method: Method, facts: Facts, target: Target, gradient: fx.Node, parts: Parts
     ) -> fx.Node:
         assert method.damp is not None
         with b.within(at=REFRESH):
-            damping = method.damp.split(b, facts, parts)
-            inverse = {part: b.inverse(parts[part], damping[part], *flag(parts[part])) for part in parts}
+            sides, scale = sides_of(parts), scale_of(b, method, parts)
+            if scale is not None:
+                root = b.sqrt(scale)
+                sides = {side: b.mul(factor, root) for side, factor in sides.items()}
+            damping = method.damp.split(b, facts, {**parts, **sides})
+            inverse = {side: b.inverse(sides[side], damping[side], *flag(sides[side])) for side in sides}
         if "G" not in inverse:
             return b.right_apply(gradient, inverse["A"])
         return b.kron_apply(gradient, inverse["G"], inverse["A"])
@@ -34,15 +42,24 @@ class Inverse(Solve):
 
 @dataclass(frozen=True)
 class Eigen(Solve):
-    """The whole block damped exactly: U = Q_G [ (Q_G^T V Q_A) / (e_G e_A^T + lambda) ] Q_A^T (damping scheme 1)."""
+    """The whole block damped exactly: U = Q_G [ (Q_G^T V Q_A) / (e_G e_A^T + lambda) ] Q_A^T (damping scheme 1).
+
+    Other spectral schemes put something else in the place of the sum. A block of one factor is put together again,
+    U = V Q_A diag(1 / (e_A + lambda)) Q_A^T.
+    """
 
     def direction(
         self, b: Builder, method: Method, facts: Facts, target: Target, gradient: fx.Node, parts: Parts
     ) -> fx.Node:
+        if "G" not in parts:
+            with b.within(at=REFRESH):
+                values, basis = eigenpairs(b, parts["A"])
+                inverse = b.recompose(damping_of(method).divide(b, facts, b.one_like(values), values), basis)
+            return b.right_apply(gradient, inverse)
         with b.within(at=REFRESH):
             (e_a, q_a), (e_g, q_g) = eigenpairs(b, parts["A"]), eigenpairs(b, parts["G"])
-            spectrum = b.outer(e_g, e_a)
-        return in_basis(b, facts, gradient, q_g, q_a, spectrum)
+            spectrum = products(b, method, parts, e_g, e_a)
+        return in_basis(b, method, facts, gradient, q_g, q_a, spectrum)
 
 
 @dataclass(frozen=True)
@@ -52,10 +69,11 @@ class Corrected(Solve):
     The basis is refreshed with the factorisations; there the second moment S restarts from the eigenvalue products, so
     that it is never read in a basis in which it was not measured. Between refreshes S follows the batches.
     basis: "eigh" decomposes at every refresh; "qr" in the first (and when a refresh is asked for), and then follows the
-    factor by one step of orthogonal iteration.
+    factor by one step of orthogonal iteration. ema: name of the number that is the weight of the old S.
     """
 
     basis: str = "eigh"
+    ema: str = "ema"
 
     def direction(
         self, b: Builder, method: Method, facts: Facts, target: Target, gradient: fx.Node, parts: Parts
@@ -65,31 +83,31 @@ class Corrected(Solve):
             b.program.cadences.setdefault(FIRST, NEVER)
         with b.within(at=FIRST if self.basis == "qr" else REFRESH):
             (e_a, new_a), (e_g, new_g) = eigenpairs(b, parts["A"]), eigenpairs(b, parts["G"])
-            renewed = [(new_a, new_g, b.outer(e_g, e_a))]
+            renewed = [(new_a, new_g, products(b, method, parts, e_g, e_a))]
         old_a = b.input("state", f"{name}.QA", new_a.meta["type"], init=_identity(new_a.meta["type"]))
         old_g = b.input("state", f"{name}.QG", new_g.meta["type"], init=_identity(new_g.meta["type"]))
         if self.basis == "qr":
             with b.within(at=REFRESH):
                 (e_a, new_a), (e_g, new_g) = tracked(b, parts["A"], old_a), tracked(b, parts["G"], old_g)
-                renewed = [(new_a, new_g, b.outer(e_g, e_a)), *renewed]
+                renewed = [(new_a, new_g, products(b, method, parts, e_g, e_a)), *renewed]
         second = b.input("state", f"{name}.S", renewed[0][2].meta["type"], init="zeros")
         updates = b.input("state", f"{name}.S_updates", scalar, init="zeros")
         with b.within(at=STATISTICS):
             rows_a, rows_g = target.rows(b, "a"), target.rows(b, "g")
             count = b.count(rows_a)
             measured = b.scale(b.second_moment(rows_a, rows_g, old_a, old_g), curvature_weight(b, facts))
-            weight = b.ema_weight(updates, count, hyper(b, facts, "ema"))
+            weight = b.ema_weight(updates, count, hyper(b, facts, self.ema))
             followed, ticked = b.ema(second, measured, weight), b.tick(updates, count)
         with b.within(at=REFRESH):
             one = b.one_like(updates)
         q_a, q_g, spectrum = old_a, old_g, b.latest(followed, second)
-        for new_a, new_g, products in renewed:  # what is due less often comes first
-            spectrum, q_a, q_g = b.latest(products, spectrum), b.latest(new_a, q_a), b.latest(new_g, q_g)
+        for new_a, new_g, restart in renewed:  # what is due less often comes first
+            spectrum, q_a, q_g = b.latest(restart, spectrum), b.latest(new_a, q_a), b.latest(new_g, q_g)
         b.give("state", f"{name}.QA", q_a)
         b.give("state", f"{name}.QG", q_g)
         b.give("state", f"{name}.S", spectrum)
         b.give("state", f"{name}.S_updates", b.latest(one, b.latest(ticked, updates)))
-        return in_basis(b, facts, gradient, q_g, q_a, spectrum)
+        return in_basis(b, method, facts, gradient, q_g, q_a, spectrum)
 
     def block(self, parts: dict[str, Tensor]) -> Tensor | None:
         d_out, d_in = parts["S"].shape[-2:]
@@ -121,10 +139,33 @@ def tracked(b: Builder, factor: fx.Node, basis: fx.Node) -> tuple[fx.Node, fx.No
     return b.item(pairs, 0), b.item(pairs, 1)
 
 
-def in_basis(b: Builder, facts: Facts, gradient: fx.Node, q_g: fx.Node, q_a: fx.Node, spectrum: fx.Node) -> fx.Node:
-    """Q_G [ (Q_G^T V Q_A) / (spectrum + lambda) ] Q_A^T."""
-    scaled = b.damped_divide(b.rotate(gradient, q_g, q_a), spectrum, hyper(b, facts, "damping"))
+def scale_of(b: Builder, method: Method, parts: Parts) -> fx.Node | None:
+    """The number c of an estimate c kron(G, A), ``None`` for 1."""
+    return None if method.estimate is None else method.estimate.scale(b, parts)
+
+
+def products(b: Builder, method: Method, parts: Parts, e_g: fx.Node, e_a: fx.Node) -> fx.Node:
+    """Eigenvalues of the estimate c kron(G, A), Mat (o, i) or (G, o, i)."""
+    spectrum, scale = b.outer(e_g, e_a), scale_of(b, method, parts)
+    return spectrum if scale is None else b.mul(spectrum, scale)
+
+
+def damping_of(method: Method) -> Damp:
+    """The method's damping; the whole block's where it has none of its own."""
+    return Tikhonov() if method.damp is None else method.damp
+
+
+def in_basis(
+    b: Builder, method: Method, facts: Facts, gradient: fx.Node, q_g: fx.Node, q_a: fx.Node, spectrum: fx.Node
+) -> fx.Node:
+    """Q_G [ (Q_G^T V Q_A) / (spectrum + lambda) ] Q_A^T, or as the method's damping puts lambda in."""
+    scaled = damping_of(method).divide(b, facts, b.rotate(gradient, q_g, q_a), spectrum)
     return b.rotate_back(scaled, q_g, q_a)
+
+
+def between(b: Builder, value: fx.Node, left: fx.Node, right: fx.Node, gain: fx.Node) -> fx.Node:
+    """L [ gain * (L^T value R) ] R^T."""
+    return b.sides_apply(b.mul(gain, b.sides_apply_transposed(value, left, right)), left, right)
 
 
 def _identity(type_: Type) -> str:

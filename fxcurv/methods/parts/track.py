@@ -19,14 +19,21 @@ class EMA(Track):
     """
 
     def follow(self, b: Builder, facts: Facts, target: Target, parts: dict[str, fx.Node]) -> dict[str, fx.Node]:
-        count = b.count(target.rows(b, "a"))
+        count = self.counted(b, facts, target, parts)
         updates = b.input("state", f"{target.name}.updates", facts.scalar(), init="zeros")
         weight = b.ema_weight(updates, count, hyper(b, facts, "ema"))
         b.give("state", f"{target.name}.updates", b.tick(updates, count))
         followed = {}
         for part, value in parts.items():
             key = f"{target.name}.{part}"
-            old = b.input("state", key, value.meta["type"], init="zeros")
-            followed[part] = b.ema(old, value, weight)
+            followed[part] = self.averaged(b, key, value, weight)
             b.give("state", key, followed[part])
         return followed
+
+    def averaged(self, b: Builder, key: str, value: fx.Node, weight: fx.Node) -> fx.Node:
+        """The next value of the state ``key``: the old one with this weight, the rest the new one's."""
+        return b.ema(b.input("state", key, value.meta["type"], init="zeros"), value, weight)
+
+    def counted(self, b: Builder, facts: Facts, target: Target, parts: dict[str, fx.Node]) -> fx.Node:
+        """How many rows of this batch count; with none everything stays as it was."""
+        return b.count(target.rows(b, "a"))
