@@ -235,7 +235,5 @@ class GaussianActorCritic(_ActorCritic):
 def _normal(key: Sequence[int], like: Tensor, first_row: int) -> Tensor:
     """Standard normal numbers, (N, P, d) as ``like``."""
     rows, places, features = like.shape
-    noise = sampling.normal(
-        key, rows, places * features, first_row=first_row, device=like.device, dtype=like.dtype
-    )
+    noise = sampling.normal(key, rows, places * features, first_row=first_row, device=like.device, dtype=like.dtype)
     return noise.reshape(like.shape)

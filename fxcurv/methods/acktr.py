@@ -30,26 +30,26 @@ from fxcurv.methods.registry import published
     cold_clip=0.5,
 )
 def acktr(o: SimpleNamespace) -> Method:
-    """ACKTR: K-FAC of a policy and its value function together, with a step that a trust region in KL divergence bounds.
+    """ACKTR: K-FAC of a policy and its value function together, with a trust region in KL divergence.
 
     The Fisher is that of the joint distribution pi(a|s) N(v; V(s), 1): with a loss of
     :mod:`fxcurv.losses.actor_critic` and fisher="mc", actions are drawn anew from the policy and values around V(s), so
-    that a shared trunk and both heads get one curvature. Factors as in kfac, the block damped in its eigenbasis, and one
-    factor on all layers bounds the divergence of a step:
+    that a shared trunk and both heads get one curvature. Factors as in kfac, the block damped in its eigenbasis, and
+    one factor on all layers bounds the divergence of a step:
 
         U = Q_G [ (Q_G^T V Q_A) / (e_G e_A^T + damping) ] Q_A^T
         U <- U min(1, sqrt(2 kl_clip / (lr^2 sum <U, V>))),   theta <- theta - lr U
 
     where sum <U, V> = u^T F u of the damped operator that was inverted: 1/2 lr^2 u^T F u <= kl_clip, and lr is the
     longest step, the paper's eta_max. In the first ``cold_steps`` steps, while the factors are plain averages of few
-    batches, U is the gradient, no longer than ``cold_clip`` over all layers. damping_scheme, rescale: as in kfac; "kl" in
-    place of "trust" bounds lr^2 u^T F u, twice that, as the reference code does.
+    batches, U is the gradient, no longer than ``cold_clip`` over all layers. damping_scheme, rescale: as in kfac; "kl"
+    in place of "trust" bounds lr^2 u^T F u, twice that, as the reference code does.
 
     Momentum adds up steps: with momentum m the displacement tends to 1/(1 - m) times a step, and the bound of a step is
-    none of their sum. The reference code bounds by lr, then steps with lr (1 - m): that is momentum=m, rescale="kl", and
-    lr (1 - m), kl_clip (1 - m)^2 in place of its lr and kl_clip. Its Fisher term of the critic is a squared error without
-    one half, four times a unit-variance Gaussian's: vf_fisher_coef=4 in the loss. Separate networks for policy and value
-    are layers of one module here.
+    none of their sum. The reference code bounds by lr, then steps with lr (1 - m): that is momentum=m, rescale="kl",
+    and lr (1 - m), kl_clip (1 - m)^2 in place of its lr and kl_clip. Its Fisher term of the critic is a squared error
+    without one half, four times a unit-variance Gaussian's: vf_fisher_coef=4 in the loss. Separate networks for policy
+    and value are layers of one module here.
 
     Cost: kfac's, with eigendecompositions in place of inverses. Choose it over adam for policy gradients, where a batch
     is expensive and a step that goes too far spoils the next batch.

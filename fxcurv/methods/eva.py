@@ -36,7 +36,8 @@ def eva(o: SimpleNamespace) -> Method:
     over sgd for its adaptive step length; leave out the layer before a large softmax (``skip=``), as the paper does.
 
     Source: Zhang, Shi & Li 2023 (Eva), section 3: the update, ema = 1 - 0.95 and kl_clip 1e-3. The damping of 0.03 is
-    the paper's for CIFAR (1e-3 for ImageNet). Statistics come from the whole batch, where the paper allows a part of it.
+    the paper's for CIFAR (1e-3 for ImageNet). Statistics come from the whole batch, where the paper allows a part of
+    it.
     """
     return Method(
         name="eva",
@@ -53,11 +54,11 @@ def eva(o: SimpleNamespace) -> Method:
 def eva_f(o: SimpleNamespace) -> Method:
     """Eva-f: FOOF with the mean input in place of the inputs' second moment.
 
-    U = V (abar abar^T + damping I)^-1 = [V - (V abar) abar^T / (damping + |abar|^2)] / damping, abar the mean input over
-    examples and positions. It is foof with A := abar abar^T: the part of the gradient along the mean input, which all
-    examples have in common, is damped, and the others are not. Unlike eva's its curvature does not fade near a minimum,
-    and damping is on the scale of the inputs. ema, rescale, norms and tied weights as in eva. Needs nothing but the
-    gradient and the layers' inputs.
+    U = V (abar abar^T + damping I)^-1 = [V - (V abar) abar^T / (damping + |abar|^2)] / damping, abar the mean input
+    over examples and positions. It is foof with A := abar abar^T: the part of the gradient along the mean input, which
+    all examples have in common, is damped, and the others are not. Unlike eva's its curvature does not fade near a
+    minimum, and damping is on the scale of the inputs. ema, rescale, norms and tied weights as in eva. Needs nothing
+    but the gradient and the layers' inputs.
 
     Cost: n d_in flops a layer for statistics, 6 d_in d_out for the direction; memory d_in. Choose it over foof where
     d_in^2 numbers a layer are too many, over eva where output gradients average out.

@@ -43,21 +43,22 @@ class ModeMeans(Tensors):
 def eva_s(o: SimpleNamespace) -> Method:
     """Eva-s: precondition every gradient tensor with the outer product of its means over all axes but one.
 
-    With v_i the mean of the gradient over all axes but i (row means and column means of a matrix) and w = v_1 o ... o v_k,
+    With v_i the mean of the gradient over all axes but i (row means and column means of a matrix) and w = v_1 o ... o
+    v_k,
 
         U = (w w^T + damping I)^-1 V = [V - <V, w> / (damping + |v_1|^2 ... |v_k|^2) w] / damping,
 
-    shampoo with the root left out and a vector for each of its Grams; then U gets the length of V, which makes 1/damping
-    immaterial. For a matrix it is eva's formula with (v_2, v_1) for (abar, gbar). Axes of size one are no modes, and
-    tensors with fewer than two modes keep their gradient. ema: weight of the OLD means, as in eva. rescale: "graft"
-    (each tensor as long as its gradient), "match" (all tensors together), "kl" (bounds lr^2 sum <U, V> by kl_clip) or
-    "none". Needs only gradients.
+    shampoo with the root left out and a vector for each of its Grams; then U gets the length of V, which makes
+    1/damping immaterial. For a matrix it is eva's formula with (v_2, v_1) for (abar, gbar). Axes of size one are no
+    modes, and tensors with fewer than two modes keep their gradient. ema: weight of the OLD means, as in eva. rescale:
+    "graft" (each tensor as long as its gradient), "match" (all tensors together), "kl" (bounds lr^2 sum <U, V> by
+    kl_clip) or "none". Needs only gradients.
 
-    Cost: one pass over the gradient for each mode and 6 flops an element; memory d_1 + ... + d_k a tensor, where shampoo
-    has d_1^2 + ... + d_k^2 and their roots. Choose it over shampoo where these do not fit, over eva for parameters that
-    belong to no layer.
+    Cost: one pass over the gradient for each mode and 6 flops an element; memory d_1 + ... + d_k a tensor, where
+    shampoo has d_1^2 + ... + d_k^2 and their roots. Choose it over shampoo where these do not fit, over eva for
+    parameters that belong to no layer.
 
-    Source: Zhang, Shi & Li 2023, section 3.3 and the authors' prototype. damping and ema are eva's: published values for
-    Eva-s are not known.
+    Source: Zhang, Shi & Li 2023, section 3.3 and the authors' prototype. damping and ema are eva's: published values
+    for Eva-s are not known.
     """
     return Method(name="eva_s", source=Source("gradient"), scope=ModeMeans(), rescale=rescaling(o))

@@ -29,7 +29,9 @@ def foof(o: SimpleNamespace) -> Method:
     U = V (A + damping I)^-1 with A = E[a a^T] over examples and positions. Needs nothing from the backward pass but the
     gradient itself, so ``loss.backward()`` is right; the scale of U is that of 1/A, not of a curvature. damping_scheme:
     "eigenvalue" as above; "floor", max(e, damping) for the eigenvalues e of A; "relative", damping times their mean;
-    "mask", no step along those below 1e-10 of the largest. rescale: see kfac; none by default.
+    "mask", no step along those below 1e-10 of the largest. rescale: see kfac; none by default. The amortised variant is
+    burst=S with solve_every=tau: A follows the S batches up to each factorisation, from their own backward passes, and
+    the steps in between run your own module, untapped.
 
     Cost: n d_in^2 for the statistics, d_in^3 at a refresh, d_in^2 d_out a step; memory one or two matrices d_in x d_in,
     about half of kfac's where layers are square. Choose it over kfac for its one factor and its plain backward pass,

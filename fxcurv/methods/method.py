@@ -73,15 +73,27 @@ class Source:
 
 @dataclass(frozen=True)
 class Every:
-    """Periods in steps: statistics every ``factors``, factorisations every ``solve``."""
+    """Periods in steps: statistics every ``factors``, factorisations every ``solve``.
+
+    burst: 0, or the number of steps up to each factorisation, its own included, in which alone statistics are taken.
+    """
 
     factors: int = 1
     solve: int = 1
+    burst: int = 0
 
     def __post_init__(self) -> None:
         for name, period in (("factor_every", self.factors), ("solve_every", self.solve)):
             if period < 1 or period != int(period):
                 raise FxcurvError(f"{name}={period} must be a whole number of steps, at least 1.")
+        if self.burst < 0 or self.burst != int(self.burst) or self.burst > self.solve:
+            raise FxcurvError(f"burst={self.burst} must be a whole number of steps, at most solve_every={self.solve}.")
+        if self.burst and self.factors > 1:
+            raise FxcurvError(f"burst={self.burst} takes statistics in every step of a burst; leave factor_every=1.")
+
+    def rests(self, step: int) -> bool:
+        """Whether a step lies between two bursts, where nothing is measured; the first step never does."""
+        return bool(self.burst) and step > 0 and -step % self.solve >= self.burst
 
     @property
     def cadences(self) -> dict[str, int]:
@@ -111,8 +123,8 @@ class Estimate(ABC):
     def block(self, parts: dict[str, Tensor]) -> Tensor | None:
         """The dense matrix that a layer's states stand for, undamped, (..., d_out d_in, d_out d_in) in row-major order.
 
-        parts: the layer's states by name ("A", "G", ...), and as "shape" the whole numbers (groups, d_out, d_in, whether
-        the last input is constant). ``None`` where the estimate alone does not say.
+        parts: the layer's states by name ("A", "G", ...), and as "shape" the whole numbers (groups, d_out, d_in,
+        whether the last input is constant). ``None`` where the estimate alone does not say.
         """
         return None
 
@@ -197,7 +209,7 @@ class Rule:
         if self.decay not in DECAYS:
             raise FxcurvError(f"decay='{self.decay}' is unknown; choose one of {', '.join(DECAYS)}.")
         if self.decay == "l2" and self.kind == "newton":
-            raise FxcurvError("decay='l2' is for methods that take steps along a direction; put the penalty in the loss.")
+            raise FxcurvError("decay='l2' is for steps along a direction; here put the penalty in the loss.")
 
 
 @dataclass(frozen=True)

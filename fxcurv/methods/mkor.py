@@ -66,13 +66,13 @@ def mkor(o: SimpleNamespace) -> Method:
     gradients over positions where "expand" takes their mean. Needs ``loss.backward()`` and no loss object. As with eva,
     gbar fades near a minimum: GI then approaches a multiple of the identity.
 
-    Cost: n (d_in + d_out) flops for statistics and 6 (d_in^2 + d_out^2) for an update, where kfac has n (d_in^2 + d_out^2)
-    and a cubic factorisation; the direction and the memory are kfac's, d_in^2 + d_out^2. Choose it over kfac for wide
-    layers whose factorisations are too dear, over eva where memory allows the history of many batches.
+    Cost: n (d_in + d_out) flops for statistics and 6 (d_in^2 + d_out^2) for an update, where kfac has n (d_in^2 +
+    d_out^2) and a cubic factorisation; the direction and the memory are kfac's, d_in^2 + d_out^2. Choose it over kfac
+    for wide layers whose factorisations are too dear, over eva where memory allows the history of many batches.
 
-    Source: Mozaffari et al. 2023 (MKOR), algorithm 1 with the sign corrected, which is our default. ema, limit, zeta and
-    the interval of 10 steps are those of the authors' code (0.95, 2, 0.9); the paper's own are not known. The code also
-    clips entries at 100, which is not needed here.
+    Source: Mozaffari et al. 2023 (MKOR), algorithm 1 with the sign corrected, which is our default. ema, limit, zeta
+    and the interval of 10 steps are those of the authors' code (0.95, 2, 0.9); the paper's own are not known. The code
+    also clips entries at 100, which is not needed here.
     """
     return inverses_of_means(o)
 
@@ -90,14 +90,14 @@ def mkor_h(o: SimpleNamespace) -> Method:
     all layers go over to U = V for good: nothing is measured, updated or preconditioned from then on, and a step costs
     what it costs without fxcurv. Lengths do not jump, since every U has the length of its V (rescale="graft"). The rule
     reads the loss that ``model.backward(loss, outputs)`` is given, so that ``loss.backward()`` is not enough here; over
-    several processes it is their mean, over micro-batches their sum. It compares differences alone, so the loss may have
-    any unit and zero. A single layer whose update is not finite falls back to its gradient as with every method.
+    several processes it is their mean, over micro-batches their sum. It compares differences alone, so the loss may
+    have any unit and zero. A single layer whose update is not finite falls back to its gradient as with every method.
 
     Cost: mkor's until the switch, none after it. Choose it over mkor for long runs whose late phase gains nothing from
     curvature.
 
-    Source: Mozaffari et al. 2023, section 3.4, which switches when second-order updates bring less than a threshold, but
-    gives no rule: the averages, the comparison and both numbers are ours. All else is mkor's.
+    Source: Mozaffari et al. 2023, section 3.4, which switches when second-order updates bring less than a threshold,
+    but gives no rule: the averages, the comparison and both numbers are ours. All else is mkor's.
     """
     method = inverses_of_means(o)
     numbers = {"switch_below": o.switch_below, "switch_after": o.switch_after}

@@ -16,6 +16,7 @@ Composer = Callable[[SimpleNamespace], Method]
 COMMON: dict[str, Any] = {
     "factor_every": 1,  # steps between statistics
     "solve_every": 10,  # steps between factorisations
+    "burst": 0,  # statistics only in so many steps up to each factorisation; 0: every factor_every steps
     "max_factor_dim": 8192,  # a wider factor is kept diagonal
     "sharing": "expand",  # positions of a shared weight: "expand" or "reduce"
     "lr": 0.1,  # learning rate that the KL clip assumes; fxcurv.optimizer supplies its own
@@ -82,7 +83,7 @@ class Published:
             method,
             name=self.name,
             hyper={**method.hyper, **numbers},
-            every=Every(o.factor_every, o.solve_every),
+            every=Every(o.factor_every, o.solve_every, o.burst),
             rule=self._rule(method.rule, o),
             max_factor_dim=o.max_factor_dim,
             sharing=o.sharing,

@@ -118,6 +118,8 @@ class Engine:
         if forced is None:
             if base in self.forced and self.retirement.complete(self.states):
                 return False
+            if base == STATISTICS and self.method.every.rests(self.step) and not self.overdue:
+                return False
             return falls_due(cadence, period, self.step) or (self.overdue and base == REFRESH)
         return forced
 
@@ -451,7 +453,6 @@ class Engine:
                 torch._foreach_copy_(parts, steps)
         for grad in written.values():
             self.written.mark(grad)
-
 
     def _place(self, role: Any, found: Recovery, names: Collection[str]) -> Place | None:
         """Where a result belongs among the gradients; ``None`` for one that is no update, or is not to be used."""

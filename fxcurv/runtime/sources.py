@@ -53,8 +53,8 @@ def columns(
         count = loss.column_count(outputs, examples)
         if count > MANY_COLUMNS:
             warnings.warn(
-                f"fisher='{source.kind}' runs {count} backward passes for every batch of this shape (one for each output column "
-                "and position); 'ggn_signs' or 'mc' are unbiased with far fewer.",
+                f"fisher='{source.kind}' runs {count} backward passes for every batch of this shape (one for each "
+                "output column and position); 'ggn_signs' or 'mc' are unbiased with far fewer.",
                 FxcurvWarning,
                 stacklevel=4,
             )

@@ -2,9 +2,9 @@
 
 1. A layer whose scale its network ignores (one that a norm layer follows) moves by lr / |theta|^2 in direction: decay
    keeps this effective learning rate from collapsing as |theta| grows.
-2. Without norm layers, theta^T C theta is what decay under a Gauss-Newton preconditioner C penalises: for a ReLU network
-   of L weight matrices without biases and C = E[J^T J] (fisher="logits") it is L^2 E|f(x)|^2 over all layers together,
-   the input-output Jacobian's norm for whitened inputs.
+2. Without norm layers, theta^T C theta is what decay under a Gauss-Newton preconditioner C penalises: for a ReLU
+   network of L weight matrices without biases and C = E[J^T J] (fisher="logits") it is L^2 E|f(x)|^2 over all layers
+   together, the input-output Jacobian's norm for whitened inputs.
 3. The curvature of a scale-free layer is C(direction) / |theta|^2, so that its damping acts as damping |theta|^2.
 
 Source: Zhang, Wang, Xu & Grosse 2018 (sheet diagonal-and-proximal, 70).

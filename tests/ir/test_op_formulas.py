@@ -220,9 +220,8 @@ def oracle_weighted(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 def oracle_masked(x: np.ndarray, y: np.ndarray, damping: np.ndarray, dims: int) -> np.ndarray:
     top = y.max(axis=tuple(range(-dims, 0)), keepdims=True) + 0 * y
     kept, damping = y > 1e-10 * top, lead(damping, y) + 0 * y
-    return np.array([p / (q + c) if k else 0.0 for p, q, c, k in zip(*(v.flat for v in (x, y, damping, kept)))]).reshape(
-        x.shape
-    )
+    entries = zip(*(v.flat for v in (x, y, damping, kept)), strict=True)
+    return np.array([p / (q + c) if k else 0.0 for p, q, c, k in entries]).reshape(x.shape)
 
 
 def oracle_recompose(values: np.ndarray, Q: np.ndarray) -> np.ndarray:
@@ -319,7 +318,7 @@ def oracle_channel_gram(rows: np.ndarray, taps: int) -> np.ndarray:
 ORACLES: dict[str, Any] = {
     "channel_gram": oracle_channel_gram,
     "patch_diagonal": lambda M, taps, one: np.concatenate(
-        [np.repeat(np.einsum("...ii->...i", M)[..., :-1], taps, -1), M[..., -1, -1:][..., : int(one)]], -1
+        [np.repeat(np.einsum("...ii->...i", M)[..., :-1], taps, -1), M[..., -1, -1:][..., :one]], -1
     ),
     "every_position": lambda r, step: np.stack([r[:, s] for s in range(0, r.shape[1], step)], 1),
     "mean_positions": lambda r: r.sum(1, keepdims=True) / r.shape[1],
@@ -427,12 +426,12 @@ ORACLES: dict[str, Any] = {
     "factor_diagonal": lambda X: np.einsum("...md,...md->...d", X, X),
     "damped_rows": lambda X, c: X @ np.linalg.inv(t(X, X) @ X + lead(c, X) * np.eye(X.shape[-1])),
     "rows_between": lambda G, A, c: c * np.einsum("...mo,...mi->...oi", G, A),
-    "unexplained": lambda V, G, A, c: (
-        lambda rest: rest * (np.abs(rest).max() > 1e-9)
-    )(V - c * np.einsum("...mo,...mi->...oi", G, A)),
+    "unexplained": lambda V, G, A, c: (lambda rest: rest * (np.abs(rest).max() > 1e-9))(
+        V - c * np.einsum("...mo,...mi->...oi", G, A)
+    ),
     "pairs_solve": lambda V, A, G, M, c: (
-        V - np.einsum("...jo,...jk,...kp,...kq,...pq,...ji->...oi", G, M, G, A, V, A)
-    ) / c,
+        (V - np.einsum("...jo,...jk,...kp,...kq,...pq,...ji->...oi", G, M, G, A, V, A)) / c
+    ),
     "reweighted": lambda A, G, M, c: c * np.einsum("...jo,...jk,...ji->...oi", G, M, A),
     "either": lambda flag, x, y: x if flag == 1 else y,
     "within_steps": lambda step, a, b, c: float(step) in (*range(a), *range(b + 1, c + 1)),

@@ -106,7 +106,7 @@ def typed(name: str, operands: tuple[Any, ...]) -> list[Any]:
     if name in ("row_product", "sides_rows"):
         rows = [of(Rows, x) for x in operands[:2]]
         return [*rows, *(tree(x, lambda t: of(Vec if t.ndim == 1 else Psd, t)) for x in operands[2:])]
-    if name == "subset_examples":
+    if name in ("subset_examples", "every_position", "channel_gram"):
         return [of(Rows, operands[0]), operands[1]]
     if name in ("top_kron", "top_two_kron"):
         a, g, weight, *rest = operands
@@ -130,6 +130,12 @@ def typed(name: str, operands: tuple[Any, ...]) -> list[Any]:
         return [[of(Scalar, x) for x in operands[0]]]
     if name == "entries_mean":
         return [plain(operands[0]), operands[1]]
+    if name in ("centred", "patch_diagonal"):
+        return [of(Psd, operands[0]), *operands[1:]]
+    if name == "uncorrelated_apply":
+        V, GI, *rest = operands
+        classes = zip((Psd, Vec, Scalar), rest, strict=False)
+        return [of(Mat, V), square(GI, V.ndim, Psd), *(of(cls, x) for cls, x in classes), rest[-1]]
     if name == "block_gram":
         return [of(Rows, operands[0]), operands[1]]
     if name == "block_apply":
@@ -154,7 +160,8 @@ def typed(name: str, operands: tuple[Any, ...]) -> list[Any]:
         return [[plain(x) if x.ndim == dims else of(Scalar, x) for x in xs], steps, kept]
     if name in RANK1:
         classes = RANK1[name]
-        if operands[-1] is True if name == "stabilize" else name == "rank1_update" and operands[0].ndim == operands[1].ndim:
+        flagged = operands[-1] is True if name == "stabilize" else operands[0].ndim == getattr(operands[1], "ndim", -1)
+        if name in ("stabilize", "rank1_update") and flagged:
             classes = (Diag, *classes[1:])
         return [of(c, x) if isinstance(x, torch.Tensor) else x for c, x in zip(classes, operands, strict=False)]
     if name in ("unstack", "dot_each", "finite_each", "last_column_each"):
@@ -245,9 +252,10 @@ def test_additive_over_examples(op: Op, index: int) -> None:
 
 @pytest.mark.parametrize(("op", "index"), with_trait(Trait.ROWWISE))
 def test_rowwise_over_examples(op: Op, index: int) -> None:
-    (rows,) = sample(op, index)
+    rows, *sizes = sample(op, index)
     cut = rows.shape[0] // 2
-    torch.testing.assert_close(torch.cat([op(rows[:cut]), op(rows[cut:])]), op(rows), rtol=1e-12, atol=1e-12)
+    apart = torch.cat([op(rows[:cut], *sizes), op(rows[cut:], *sizes)])
+    torch.testing.assert_close(apart, op(rows, *sizes), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("op", "index"), with_trait(Trait.LINEAR))

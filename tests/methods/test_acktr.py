@@ -93,9 +93,7 @@ def test_the_start_is_the_clipped_gradient() -> None:
         norm = torch.stack([g.norm() for g in gradient]).norm()
         assert norm > 0.5
         model.precondition_()
-        cold = all(
-            torch.allclose(p.grad, g * (0.5 / norm)) for p, g in zip(model.parameters(), gradient, strict=True)
-        )
+        cold = all(torch.allclose(p.grad, g * (0.5 / norm)) for p, g in zip(model.parameters(), gradient, strict=True))
         assert cold == (k < 2)
     assert float(model._engine.states.read("0.updates")) == 4
 
@@ -118,8 +116,6 @@ def test_the_reference_code_is_reached_by_its_numbers() -> None:
     dot = sum((plain.direction[n] * plain.gradient[n]).sum() for n in plain.gradient)
     nu = (1e-3 / (lr**2 * dot)).sqrt()
     assert nu < 1
-    ours = taken(
-        net, loss, x, rescale="kl", damping=0.01, lr=lr * (1 - m), momentum=m, kl_clip=1e-3 * (1 - m) ** 2
-    )
+    ours = taken(net, loss, x, rescale="kl", damping=0.01, lr=lr * (1 - m), momentum=m, kl_clip=1e-3 * (1 - m) ** 2)
     for name, direction in plain.direction.items():
         torch.testing.assert_close(lr * (1 - m) * ours.direction[name], lr * (1 - m) * nu * direction)

@@ -47,7 +47,7 @@ def outer(v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", NETS)
 def test_direction_is_the_dense_solve(kind: str) -> None:
-    """Check (1), on linear, grouped and strided convolutional and token layers: positions are averaged in both means."""
+    """Check (1), on linear, grouped, strided and token layers: positions are averaged in both means."""
     result, means, names = taken(kind, "eva", damping=1e-6)
     for name, groups in names.items():
         gradient, direction = result.pair(name, groups)
@@ -150,11 +150,18 @@ def test_vectors_follow_with_the_weight_of_the_old(method: str) -> None:
             torch.testing.assert_close(states.read("0.gbar"), expected[1])
 
 
-def test_a_summed_loss_has_the_curvature_of_its_mean() -> None:
+@pytest.mark.parametrize("method", ["eva", "mkor"])
+def test_a_summed_loss_has_the_curvature_of_its_mean(method: str) -> None:
     net, x, y = mlp(4, 5, 3), torch.randn(6, 4), torch.randint(0, 3, (6,))
-    mean = step(net, "eva", x, lambda f: F.cross_entropy(f, y), loss="cross_entropy")
+    options = {"ema": 0.5, "rescale": "none"}
+    mean = step(net, method, x, lambda f: F.cross_entropy(f, y), loss="cross_entropy", **options)
     summed = step(
-        net, "eva", x, lambda f: F.cross_entropy(f, y, reduction="sum"), loss=nn.CrossEntropyLoss(reduction="sum")
+        net,
+        method,
+        x,
+        lambda f: F.cross_entropy(f, y, reduction="sum"),
+        loss=nn.CrossEntropyLoss(reduction="sum"),
+        **options,
     )
     for name, direction in mean.direction.items():
         torch.testing.assert_close(summed.direction[name], direction)

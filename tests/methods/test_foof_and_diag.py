@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxcurv.errors import FxcurvError
+from fxcurv.methods import foof as foof_method
 from fxcurv.methods import kfac
 from fxcurv.methods.method import Method
 from tests.methods.nets import Attention, convnet, mlp
@@ -147,3 +149,37 @@ def test_wide_factors_are_kept_diagonal(side: str, limit: int) -> None:
 def test_a_published_method_is_made_of_parts() -> None:
     assert isinstance(kfac(damping=0.1), Method)
     assert kfac(damping=0.1).hyper["damping"] == 0.1
+
+
+def test_bursts_average_the_batches_up_to_a_factorisation() -> None:
+    """The amortised variant: batches between bursts are never measured, and the plain module runs for them."""
+    torch.manual_seed(0)
+    net, batches = mlp(3, 4, 2), [(torch.randn(6, 3) + k, torch.randn(6, 2)) for k in range(9)]
+    model = transform(net, "foof", batches[0][0], loss="mse", burst=2, solve_every=4, ema=0.5)
+    moments = [with_ones(x).T @ with_ones(x) / 6 for x, _ in batches]
+    expected, seen = torch.zeros(4, 4), []
+    for k, (x, y) in enumerate(batches):
+        out = model(x)
+        loss = F.mse_loss(out, y)
+        model.backward(loss, out)
+        before = model.factors("0")["A"].clone()
+        info = model.precondition_()
+        assert info.statistics == (k in (0, 3, 4, 7, 8)) and info.refresh == (k % 4 == 0)
+        if info.statistics:
+            old = 0.5 if seen else 0.0
+            expected = old * expected + (1 - old) * moments[k]
+            seen.append(k)
+            torch.testing.assert_close(model.factors("0")["A"], expected)
+        else:
+            assert torch.equal(model.factors("0")["A"], before)
+    assert model.block("0").shape == (16, 16)
+    torch.testing.assert_close(model.block("0"), torch.kron(torch.eye(4), model.factors("0")["A"]))
+
+
+@pytest.mark.parametrize(
+    "hyper, words",
+    [({"burst": 5, "solve_every": 4}, "at most solve_every=4"), ({"burst": 2, "factor_every": 2}, "factor_every=1")],
+)
+def test_bursts_fit_between_factorisations(hyper: dict[str, int], words: str) -> None:
+    with pytest.raises(FxcurvError, match=words):
+        foof_method(**hyper)

@@ -20,7 +20,8 @@ TRI: dict[str, Any] = {"blocks": "tridiagonal", "fisher": "ggn", "loss": "cross_
 
 
 def rows(net: nn.Sequential, x: Tensor, columns: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(a, g) of every linear layer by plain autograd: inputs with a constant last, g for each column below each other."""
+    """(a, g) of every linear layer by plain autograd: inputs with a constant last, g for each column below each
+    other."""
     inputs, outputs, value = {}, {}, x
     for name, module in net.named_children():
         if isinstance(module, nn.Linear):

@@ -64,7 +64,12 @@ def _averages_samples() -> Iterator[tuple[Tensor, ...]]:
 
 def _rule_samples() -> Iterator[tuple[Tensor, ...]]:
     draw = Draw(72)
-    for slow, best, over, k in ((2.0, 0.5, 0.0, 9.0), (1.04, 0.5, 0.0, 9.0), (1.04, 0.5, 0.0, 7.0), (3.0, 0.5, 1.0, 9.0)):
+    for slow, best, over, k in (
+        (2.0, 0.5, 0.0, 9.0),
+        (1.04, 0.5, 0.0, 9.0),
+        (1.04, 0.5, 0.0, 7.0),
+        (3.0, 0.5, 1.0, 9.0),
+    ):
         yield tuple(draw.number(value) for value in (1.0, slow, best, over, k, 0.1, 8.0))
 
 

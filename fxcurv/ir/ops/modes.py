@@ -28,7 +28,7 @@ def _infer_mode_mean(T: Type, mode: int) -> Type:
 
 
 def _outer_all(vs: Sequence[Tensor]) -> Tensor:
-    """The outer product of vectors, flattened row-major to a Vec of the product of their sizes: the last runs fastest."""
+    """The outer product of vectors, flattened row-major to a Vec; the last runs fastest."""
     first, *rest = align(*vs)
     product = first.clone()
     for v in rest:

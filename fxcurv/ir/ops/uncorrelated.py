@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from fxcurv.errors import FxcurvError
-from fxcurv.ir.op import Op
-from fxcurv.ir.ops.apply import STACKABLE, left
+from fxcurv.ir.op import Op, Trait
+from fxcurv.ir.ops.apply import left
 from fxcurv.ir.ops.draws import Draw
 from fxcurv.ir.ops.rules import (
     accumulator,
+    align,
     count_of,
     grouped,
     need,
@@ -30,6 +31,8 @@ from fxcurv.ir.ops.rules import (
 )
 from fxcurv.ir.ops.statistics import ADDITIVE, ungroup, wide
 from fxcurv.ir.types import Diag, Mat, Psd, Sym, Type, Vec
+
+STACKABLE = frozenset({Trait.BATCHABLE})
 
 
 def _channel_gram(rows: Tensor, taps: int) -> Tensor:
@@ -102,29 +105,29 @@ centred = Op(
 )
 
 
-def _patch_diagonal(M: Tensor, taps: int, constant: bool) -> Tensor:
-    """The diagonal of E[a a^T]: E[x^2] of each channel ``taps`` times, and 1 for a ``constant``.
+def _patch_diagonal(M: Tensor, taps: int, constants: int) -> Tensor:
+    """The diagonal of E[a a^T]: E[x^2] of each channel ``taps`` times, and 1 for each of the 0 or 1 ``constants``.
 
     Psd (C + 1, C + 1) -> Diag (C K,) or (C K + 1,); groups lead.
     """
     squares = M.diagonal(dim1=-2, dim2=-1)
     each = squares[..., :-1].repeat_interleave(taps, -1)
-    return torch.cat([each, squares[..., -1:]], -1) if constant else each
+    return torch.cat([each, squares[..., squares.shape[-1] - constants :]], -1)
 
 
-def _infer_patch_diagonal(M: Type, taps: int, constant: bool) -> Type:
+def _infer_patch_diagonal(M: Type, taps: int, constants: int) -> Type:
     need("patch_diagonal", "M", M, Psd)
-    return Diag((*M.batch, (count_of(M.shape[-1]) - 1) * taps + constant), M.dtype)
+    return Diag((*M.batch, (count_of(M.shape[-1]) - 1) * taps + constants), M.dtype)
 
 
 def _diagonal_samples() -> Iterator[tuple[Any, ...]]:
-    yield _moments(channels=3, seed=75), 4, True
-    yield _moments(2, channels=2, seed=76), 3, False
+    yield _moments(channels=3, seed=75), 4, 1
+    yield _moments(2, channels=2, seed=76), 3, 0
 
 
 patch_diagonal = Op(
     "patch_diagonal",
-    "(Tensor M, int taps, bool constant) -> Tensor",
+    "(Tensor M, int taps, int constants) -> Tensor",
     _patch_diagonal,
     _infer_patch_diagonal,
     _diagonal_samples,
@@ -139,6 +142,7 @@ def _uncorrelated_apply(V: Tensor, GI: Tensor, SI: Tensor, mu: Tensor, damping: 
     V: Mat (o, C K), or (o, C K + 1) with the constant's column; GI: Psd (o, o) or Diag (o,); SI: Psd (C, C); mu: Vec
     (C,); groups lead; damping: number, Scalar or one a group.
     """
+    V, GI, SI, mu = align(V, GI, SI, mu)
     channels = SI.shape[-1]
     patch = V[..., : channels * taps].unflatten(-1, (channels, taps))
     kept = torch.einsum("...ock,...cd->...odk", patch, SI)

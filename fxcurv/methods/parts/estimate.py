@@ -81,6 +81,11 @@ class InputGram(Estimate):
     def measure(self, b: Builder, facts: Facts, target: Target) -> dict[str, fx.Node]:
         return {"A": input_factor(b, facts, target)}
 
+    def block(self, parts: dict[str, Tensor]) -> Tensor | None:
+        factor, (_, d_out, d_in, _) = full(parts["A"], parts["A"].shape[-1]), parts["shape"].tolist()
+        identity = torch.eye(d_out, dtype=factor.dtype, device=factor.device)
+        return kron(identity.expand(*factor.shape[:-2], d_out, d_out), factor.reshape(*factor.shape[:-2], d_in, d_in))
+
 
 @dataclass(frozen=True)
 class Diagonal(Estimate):

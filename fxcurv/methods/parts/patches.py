@@ -71,7 +71,7 @@ class PerTap(Solve):
             return Inverse().direction(b, method, facts, target, gradient, parts)
         assert method.damp is not None
         with b.within(at=REFRESH):
-            diagonal = b.patch_diagonal(parts["P"], target.taps, target.homogeneous)
+            diagonal = b.patch_diagonal(parts["P"], target.taps, int(target.homogeneous))
             damping = method.damp.split(b, facts, {"A": diagonal, "G": parts["G"]})
             pair = b.centred(parts["P"])
             covariance, mean = b.item(pair, 0), b.item(pair, 1)
@@ -81,7 +81,7 @@ class PerTap(Solve):
 
 
 def patches(spatial: str, every: int, estimate: Estimate, solve: Solve) -> tuple[Estimate, Solve]:
-    """What takes the place of an estimate and a solve; raises :class:`FxcurvError` for settings that exclude each other.
+    """What takes the place of an estimate and a solve; raises :class:`FxcurvError` for settings at odds.
 
     spatial: "correlated" or "uncorrelated". every: 1 for all positions.
     """

@@ -1,4 +1,4 @@
-"""Curvature from mean vectors: what a layer sends on average stands for its second moments (sheet kronecker-2, eva, mkor).
+"""Curvature from mean vectors: means stand for second moments (sheet kronecker-2, eva, mkor).
 
 The mean input and the mean output gradient of a batch cost two vectors a layer where K-FAC's factors cost two matrices,
 and make a rank-one Kronecker product, kron(gbar gbar^T, abar abar^T). It is inverted in closed form together with a
@@ -25,7 +25,7 @@ Parts = dict[str, fx.Node]
 
 @dataclass(frozen=True)
 class MeanRows(Estimate):
-    """"abar", the mean input row, and "gbar", the mean output-gradient row, over examples and positions.
+    """The mean input row "abar" and the mean output-gradient row "gbar", over examples and positions.
 
     outputs: whether "gbar" is measured at all. per_example: scale of its rows, the gradients of single examples' losses
     (True), or these divided by their number N, as backward of a mean loss leaves them (False).
@@ -67,7 +67,7 @@ class ShermanMorrison(Solve):
 
 @dataclass(frozen=True)
 class Inverses(Track):
-    """"AI" and "GI", inverses of factors that start as the identity and follow the outer products of "abar" and "gbar".
+    """Inverses "AI" and "GI" of factors that start as the identity and follow the outer products of "abar", "gbar".
 
     One measurement x, with weight ``ema`` on the old factor, first the stabiliser: X <- zeta X + (1 - zeta) I if an
     entry of X is larger than ``limit``. Then, by ``update``,

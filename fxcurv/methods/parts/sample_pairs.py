@@ -96,7 +96,7 @@ class Pairs(Estimate):
         """The damping of this batch, in the precision of the layer's scalars."""
         damping = hyper(b, facts, "damping")
         if self.decay is None:
-            return b.copy(damping)
+            return damping
         updates = b.input("state", f"{target.name}.updates", facts.scalar(), init="zeros")
         return b.decayed(updates, damping, hyper(b, facts, "damping_target"), self.decay.steps, self.decay.warmup)
 

@@ -49,7 +49,7 @@ class SampleSpace:
 
     def low_rank(self, target: Target, side: str) -> bool:
         """Whether a side is kept as rows: it takes a system of rows * window in place of one of the factor's width."""
-        if target.swapped or (side == "A" and target.diagonal_input) or self.path == "dense":
+        if (side == "A" and target.diagonal_input) or self.path == "dense":
             return False
         width = target.d_in if side == "A" else target.d_out
         return self.path == "low_rank" or self.rows * self.window < width
