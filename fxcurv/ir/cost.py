@@ -170,7 +170,7 @@ def statistic_cost(key: str, type_: Type, states: Mapping[str, Type], rows: int 
     return OPS[expression.op].cost(type_, *types) + inner
 
 
-def _rowwise(expression: Call | RowsOf | StateOf, type_: Type) -> Cost:
+def _rowwise(expression: Call | RowsOf | StateOf | Whole, type_: Type) -> Cost:
     """Cost of the ops between the rows and their reduction, taken to keep the rows' size."""
     if not isinstance(expression, Call):
         return Cost()

@@ -31,7 +31,7 @@ from torch.autograd.graph import Node
 
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.op import OPS
-from fxcurv.ir.statistic import Call, RowsOf, StateOf, parse_statistic
+from fxcurv.ir.statistic import Call, RowsOf, StateOf, Whole, parse_statistic
 from fxcurv.runtime.oracles import GGNOracle, HessianOracle
 from fxcurv.runtime.statistics import OutputTap, Statistics
 
@@ -213,12 +213,13 @@ def reduced(ranks: Ranks, statistics: Statistics, terms: Sequence[float], own_me
     return whole
 
 
-def degree(expression: Call | RowsOf | StateOf | None) -> int:
+def degree(expression: Call | RowsOf | StateOf | Whole | None) -> int:
     """The power with which a statistic grows with the output gradients: 2 for a Gram of them, 0 for a count."""
     if isinstance(expression, RowsOf):
         return int(expression.side[0] == "g")
     if isinstance(expression, Call):
-        return sum(degree(x) * power(expression.op, i) for i, x in enumerate(expression.operands) if degree(x))
+        degrees = [degree(x) for x in expression.operands]
+        return sum(d * power(expression.op, i) for i, d in enumerate(degrees) if d)
     return 0
 
 

@@ -195,12 +195,12 @@ def _planes(
     dots = _dots([*vectors, gradients])
     squares, slopes = dots[:-1, :-1], dots[-1].tolist()
     curvature = (products.forms(whole).to(dots.device) + strength * squares).tolist()
-    squares, last_one = squares.tolist(), len(directions)
+    last_one, sizes = len(directions), squares.tolist()
 
     def part(matrix: list[list[float]], i: int) -> Any:
         return tuple(tuple(matrix[r][c] for c in (i, last_one)) for r in (i, last_one))
 
-    return [Plane(part(curvature, i), (slopes[i], slopes[last_one]), part(squares, i)) for i in range(len(directions))]
+    return [Plane(part(curvature, i), (slopes[i], slopes[last_one]), part(sizes, i)) for i in range(len(directions))]
 
 
 def _dots(vectors: Sequence[Sequence[Tensor]]) -> Tensor:

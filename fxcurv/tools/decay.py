@@ -114,7 +114,7 @@ def jacobian_norm(net: nn.Module, inputs: Sequence[Any]) -> tuple[float, float]:
     def call(given: dict[str, Tensor]) -> Tensor:
         return functional_call(model, {**buffers, **given}, tuple(inputs))  # type: ignore[no-any-return]
 
-    outputs, product = jvp(call, (parameters,), (parameters,))
+    outputs, product = jvp(call, (parameters,), (parameters,))[:2]
     rows = max(int(outputs.shape[0]), 1)
     return float(product.square().sum()) / rows, float(outputs.square().sum()) / rows
 

@@ -456,7 +456,7 @@ def test_warm_up_takes_statistics_alone() -> None:
         ("adam", {"step": "quadratic"}, "'adam', which has no damping"),
         ("hessian_free", {"step": "quadratic"}, "'hessian_free', which is a whole optimizer"),
         ("kfac", {"step": "cubic"}, "step='cubic' is unknown; choose one of fixed, quadratic"),
-        ("kfac", {"step": "quadratic", "weight_decay": 0.1}, "l2="),
+        ("kfac", {"step": "quadratic", "weight_decay": 0.1}, "an l2 in its objective"),
         ("kfac", {"step": "quadratic", "loss": None}, "pass loss="),
         ("kfac", {"step": "quadratic", "loss": nn.CrossEntropyLoss(reduction="sum")}, "reduction='mean'"),
         ("kfac", {"step": "quadratic", "weight_gradients": False}, "weight_gradients=True"),

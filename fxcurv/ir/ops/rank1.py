@@ -84,9 +84,8 @@ def _stabilize(AI: Tensor, limit: Tensor, zeta: Tensor, diagonal: bool = False) 
     dtype = accumulator(AI.dtype)
     wide = AI.to(dtype)
     largest = wide.abs().amax(dim=-1 if diagonal else (-2, -1))
-    size = AI.shape[-1]
-    kind = {"dtype": dtype, "device": AI.device}
-    identity = torch.ones(size, **kind) if diagonal else torch.eye(size, **kind)
+    ones = torch.ones(AI.shape[-1], dtype=dtype, device=AI.device)
+    identity = ones if diagonal else torch.diag(ones)
     weight = torch.where(largest > spread(limit, largest), spread(zeta, largest), torch.ones_like(largest))
     return (spread(weight, wide) * wide + spread(1.0 - weight, wide) * identity).to(AI.dtype)
 
