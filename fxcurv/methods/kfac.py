@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 from fxcurv.methods.method import Method, Source
 from fxcurv.methods.parts.patches import patches
@@ -12,18 +13,23 @@ from fxcurv.methods.parts.track import EMA
 from fxcurv.methods.parts.tridiagonal import blocks
 from fxcurv.methods.registry import published
 
+FAMILY: dict[str, Any] = {
+    "fisher": "mc",
+    "fisher_samples": 1,
+    "damping": 1e-3,
+    "damping_scheme": "pi",
+    "trace_floor": 1e-3,
+    "ema": 0.95,
+    "kl_clip": 1e-3,
+    "rescale": "kl",
+}
+"""Hyper-parameters of K-FAC that its next relatives have too."""
+
 
 @published(
     "kfac",
     papers=(1, 2),
-    fisher="mc",
-    fisher_samples=1,
-    damping=1e-3,
-    damping_scheme="pi",
-    trace_floor=1e-3,
-    ema=0.95,
-    kl_clip=1e-3,
-    rescale="kl",
+    **FAMILY,
     blocks="diagonal",
     spatial="correlated",
     position_every=1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from fxcurv.errors import FxcurvError
+from fxcurv.methods.kfac import FAMILY
 from fxcurv.methods.method import Estimate, Method, Solve, Source
 from fxcurv.methods.parts.chain import Lagged, Stationary, Symmetric
 from fxcurv.methods.parts.estimate import Kron
@@ -26,14 +27,7 @@ TEMPORAL: dict[str, tuple[Estimate, Solve | None]] = {
     "kfac_rnn",
     papers=(4,),
     temporal="stationary",
-    fisher="mc",
-    fisher_samples=1,
-    damping=1e-3,
-    damping_scheme="pi",
-    trace_floor=1e-3,
-    ema=0.95,
-    kl_clip=1e-3,
-    rescale="kl",
+    **FAMILY,
     solve_every=5,
 )
 def kfac_rnn(o: SimpleNamespace) -> Method:

@@ -35,7 +35,8 @@ CROSS = {"A": "CA", "G": "CG"}
 
 def next_of(facts: Facts, target: Target) -> Target | None:
     """The layer that follows this one in a row; ``None`` where the row ends."""
-    found = next((other for other in facts.targets if other.name == target.feeds), None)
+    after = target.feeds if target.aligned else ""
+    found = next((other for other in facts.targets if other.name == after), None)
     return found if found is not None and _may_join(facts, target) and _may_join(facts, found) else None
 
 
