@@ -7,8 +7,7 @@ A step runs one slice. The slice reports by flags which of its results are finit
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,19 +18,20 @@ from fxcurv.ir.program import REFRESH, STATISTICS, Role
 from fxcurv.ir.schedule import base_of, falls_due
 from fxcurv.layers.region import Place, place_of
 from fxcurv.losses import Loss
-from fxcurv.methods.parts.hybrid import LOSS
-from fxcurv.passes.lower import Bundle, Lowered, Slice
+from fxcurv.passes.lower import Bundle, Lowered
 from fxcurv.passes.manager import Compilation
-from fxcurv.runtime.batch import Batch, measured
+from fxcurv.runtime.batch import measured
 from fxcurv.runtime.distributed import WORLD, Ranks
 from fxcurv.runtime.info import StepInfo
+from fxcurv.runtime.inputs import gradient_scale, inputs_of, rows_of
 from fxcurv.runtime.numbers import Numbers
 from fxcurv.runtime.oracles import GGNOracle, HessianOracle
+from fxcurv.runtime.places import Places
+from fxcurv.runtime.proposal import Proposal
 from fxcurv.runtime.recover import Recovery, apart, flags_of, recover
 from fxcurv.runtime.repair import dump
 from fxcurv.runtime.retired import Retirement, still_read
-from fxcurv.runtime.rows import KeptRows, gradient_of, joined
-from fxcurv.runtime.sources import weight
+from fxcurv.runtime.rows import KeptRows, gradient_of
 from fxcurv.runtime.states import States
 from fxcurv.runtime.statistics import Statistics, tap_types
 from fxcurv.runtime.watched import Watched
@@ -63,20 +63,14 @@ class Engine:
         self.dtype = compilation.facts.dtype
         self.numbers = Numbers(self.dtype)
         self.retirement = Retirement(self.lowered.program, (t.name for t in self.facts.targets))
-        self.places: dict[str, tuple[dict[str, nn.Parameter | None], str]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                path, _, key = name.rpartition(".")
-                self.places[name] = model.get_submodule(path)._parameters, key
-        self.first = next(iter(self.places))
-        self.links = _links(model, self.places)
-        self.anchors = {name: name for name in self.places} | {
-            t.name: place_of(t.weight, self.places).name for t in self.facts.targets
+        self.places = Places.of(model)
+        self.anchors = {name: name for name in self.places.slots} | {
+            t.name: place_of(t.weight, self.places.slots).name for t in self.facts.targets
         }
         self.states = States(self.lowered.program, self.device_of)
         self.commits = self.lowered.commits()
         read = self.lowered.program.inputs("grad") | self.lowered.program.inputs("param")
-        self.stored = {r.key: (place_of(r.key, self.places), node.meta["type"].dtype) for r, node in read.items()}
+        self.stored = {r.key: (place_of(r.key, self.places.slots), node.meta["type"].dtype) for r, node in read.items()}
         self.owner_of = {key: t.name for t in self.facts.targets for key in (t.weight, t.bias) if key}
         types = {role.key: node.meta["type"] for role, node in self.lowered.program.inputs("stat").items()}
         self.statistics = Statistics(tap_types(types))
@@ -189,7 +183,7 @@ class Engine:
         Nothing comes back when the scaler found an overflow. The first trial is always there, after the repairs that it
         needs; of the others those that need none.
         """
-        self.check_places()
+        self.places.check()
         if self.rows.arrived and scaler is not None and scaler.is_enabled():
             raise FxcurvError(
                 "weight_gradients=False leaves a GradScaler nothing to look at: transform with weight_gradients=True."
@@ -203,7 +197,7 @@ class Engine:
         self.written.check(p.grad for p in parameters.values())
         self._penalise(parameters, batch.terms, scale)
         current = self.lowered.slice(due, bundled=True, retired=self.retired)
-        inputs = self._inputs(current, batch, (scale, captured_scale), rate)
+        inputs = inputs_of(self, current, batch, (scale, captured_scale), rate)
         found = []
         for index, trial in enumerate(trials):
             own = {role: self._changed(role, value, trial) for role, value in inputs.items()}
@@ -254,7 +248,7 @@ class Engine:
         if self.method.rule.decay != "l2" or self.penalised:
             return
         self.penalised = True
-        factor = self._factor(terms, scale)
+        factor = self.factor(terms, scale)
         arrived = {t.weight for name, t in self.row_layers.items() if self.rows.of(name)}
         with torch.no_grad():
             for name, p in parameters.items():
@@ -265,7 +259,7 @@ class Engine:
                     p.grad = torch.zeros_like(p)
                 p.grad.add_(p, alpha=strength / factor)
 
-    def _factor(self, terms: float, scale: float) -> float:
+    def factor(self, terms: float, scale: float) -> float:
         """What brings stored gradients to the scale of the mean loss.
 
         Between statistics a summed gradient is taken to have as many terms as when they were last counted. Of several
@@ -284,87 +278,11 @@ class Engine:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by full name: the tensors that the model holds now."""
-        return {name: owner[key] for name, (owner, key) in self.places.items()}  # type: ignore[misc]
-
-    def check_places(self) -> None:
-        """Raises :class:`FxcurvError` when a parameter is not where the transform found it, or is on meta."""
-        moved = next((path for path, (holder, key, held) in self.links.items() if holder.get(key) is not held), None)
-        for name, (owner, key) in self.places.items():
-            parameter = owner.get(key)
-            if parameter is None or (moved is not None and name.startswith(f"{moved}.")):
-                raise FxcurvError(
-                    f"the parameter '{name}' is not in its place any more (its layer was replaced, or reparametrised): "
-                    "call fxcurv.transform(model.strip(), ...) again."
-                )
-            if parameter.is_meta:
-                raise FxcurvError(
-                    f"the parameter '{name}' is on the meta device, where nothing can be computed: move the model to "
-                    "another one and load its state."
-                )
+        return self.places.parameters()
 
     def device_of(self, owner: str) -> torch.device:
         """The device of a layer or parameter; that of the first parameter for anything else."""
-        holder, key = self.places[self.anchors.get(owner, self.first)]
-        return holder[key].device  # type: ignore[union-attr]
-
-    def _inputs(self, current: Slice, batch: Batch, scales: tuple[float, float], rate: float | None) -> dict[Role, Any]:
-        parameters, (scale, captured_scale) = self.parameters(), scales
-        terms = batch.terms
-        factor = self._factor(terms, scale)
-        numbers = {**self.hyper, "seed": float(self.seed), "step": float(self.step)}
-        if rate is not None:
-            numbers["lr"] = rate
-        inputs: dict[Any, Any] = {}
-        kept: dict[str, tuple[Tensor, Tensor]] = {}
-        for role in current.inputs:
-            if isinstance(role, Bundle):
-                if role.kind == "state":
-                    inputs[role] = self.states.values.together(role)
-                else:
-                    inputs[role] = batch.statistics.together(role.keys, self.stat_device(role.keys[0]))
-            elif role.kind == "grad":
-                place, dtype = self.stored[role.key]
-                parameter = parameters[place.name]
-                grad = parameter.grad
-                grad = torch.zeros_like(parameter) if grad is None else grad.detach() if grad.requires_grad else grad
-                grad = grad if place.region is None else place.of(grad)
-                grad = grad if grad.dtype == dtype else grad.to(dtype)
-                inputs[role] = grad if factor == 1.0 else grad * factor
-            elif role.kind == "param":
-                place, dtype = self.stored[role.key]
-                value = parameters[place.name].detach()
-                inputs[role] = (value if place.region is None else place.of(value)).to(dtype)
-            elif role.kind == "rows":
-                name, _, side = role.key.rpartition(".")
-                if name not in kept:
-                    kept[name] = self._rows(name)
-                inputs[role] = kept[name][0] if side == "x" else kept[name][1] * factor
-            elif role.kind == "state":
-                inputs[role] = self.states.values[role]
-            elif role.kind == "hyper" and role.key == LOSS:
-                like = self.numbers.tensor("step", numbers["step"])
-                inputs[role] = self.watched.value(self.ranks, like, captured_scale, self.method.name)
-            elif role.kind == "hyper":
-                inputs[role] = self.numbers.tensor(role.key, numbers[role.key])
-            elif role.kind == "oracle":
-                inputs[role] = batch.oracle
-            elif role.key == "terms":
-                inputs[role] = self.numbers.tensor("terms", terms)
-            elif role.key == "weight":
-                found = weight(self.method.source, self.loss, terms, captured_scale)
-                inputs[role] = self.numbers.tensor("weight", found)
-            else:
-                inputs[role] = batch.statistics.value(role.key, self.stat_device(role.key))
-        return inputs
-
-    def _rows(self, name: str) -> tuple[Tensor, Tensor]:
-        """A layer's whole gradient as rows (x, dy): kept ones, and what has arrived in its weight's ``grad``."""
-        target = self.row_layers[name]
-        weight = self.parameters()[target.weight]
-        shape = target.d_out, target.d_in - target.homogeneous
-        stored = None if weight.grad is None else weight.grad.permute(target.permutation).reshape(shape)
-        like = weight.new_empty(0, dtype=self.row_types[f"{name}.x"].dtype)
-        return joined(self.rows.of(name), stored, shape, like)
+        return self.places.device(self.anchors.get(owner, self.places.first))
 
     def stat_device(self, key: str) -> torch.device:
         """Where a statistic is measured."""
@@ -431,7 +349,7 @@ class Engine:
         arrived = {t.weight: name for name, t in self.row_layers.items() if self.rows.of(name)}
         for key, name in arrived.items():
             if name in found.fallback:
-                parameters[key].grad = gradient_of(self.row_layers[name], parameters[key], *self._rows(name))
+                parameters[key].grad = gradient_of(self.row_layers[name], parameters[key], *rows_of(self, name))
         written: dict[str, Tensor] = {}
         parts: list[Tensor] = []
         steps: list[Tensor] = []
@@ -459,47 +377,3 @@ class Engine:
         if role.kind != "update" or self.owner_of.get(role.key, role.key) in found.fallback:
             return None
         return self.stored[role.key][0] if role.key in self.stored else place_of(role.key, names)
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A step that has been computed and not taken.
-
-    trial: its number among the trials. found: what is to be kept of ``results``, the slice's outputs; troubled: that
-    some of them were not finite. terms: loss terms behind the statistics. scale: that of a gradient scaler.
-    """
-
-    trial: int
-    due: frozenset[str]
-    found: Recovery
-    results: dict[Any, Any]
-    terms: float
-    scale: float
-    troubled: bool = False
-
-
-def _links(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[dict[str, nn.Module | None], str, nn.Module]]:
-    """By path: where each module on the way to a parameter is held, under which key, and the module itself."""
-    found: dict[str, tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
-    for name in names:
-        holder, parts = model, name.split(".")[:-1]
-        for depth, key in enumerate(parts):
-            held = holder.get_submodule(key)
-            found[".".join(parts[: depth + 1])] = holder._modules, key, held
-            holder = held
-    return found
-
-
-def gradient_scale(scaler: Any, parameters: Iterable[Tensor]) -> tuple[float, float, bool]:
-    """(scale the gradients still carry, scale at which statistics were captured, whether gradients overflowed).
-
-    After ``scaler.unscale_`` the gradients are plain and the scaler knows of an overflow; before it they carry the
-    scale and are looked at here.
-    """
-    if scaler is None or not scaler.is_enabled():
-        return 1.0, 1.0, False
-    scale = float(scaler.get_scale())
-    unscaled = [s for s in scaler._per_optimizer_states.values() if s["found_inf_per_device"]]
-    if unscaled:
-        return 1.0, scale, any(float(v) > 0 for s in unscaled for v in s["found_inf_per_device"].values())
-    return scale, scale, any(p.grad is not None and not bool(torch.isfinite(p.grad).all()) for p in parameters)

@@ -66,7 +66,7 @@ class CurvatureModule(nn.Module):
         if not torch.compiler.is_compiling():
             if torch._C._functorch.peek_interpreter_stack() is not None:  # torch.func transforms take no leaves
                 return self._model(*args, **kwargs)
-            engine.check_places()
+            engine.places.check()
             self._drop_abandoned()
         differentiable = _double_differentiable(engine.method)
         if not engine.method.source.taps or not (self._measured or engine.keeps_rows):

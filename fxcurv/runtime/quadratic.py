@@ -25,9 +25,10 @@ from fxcurv.capture.state import preserved, remember_random_state
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.program import REFRESH
 from fxcurv.runtime.batch import of_all_ranks
-from fxcurv.runtime.engine import Engine, Proposal
+from fxcurv.runtime.engine import Engine
 from fxcurv.runtime.info import StepInfo
 from fxcurv.runtime.module import CurvatureModule
+from fxcurv.runtime.proposal import Proposal
 from fxcurv.runtime.trust import adapted
 
 QUADRATIC: dict[str, Any] = {

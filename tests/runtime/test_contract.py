@@ -59,7 +59,7 @@ def test_common_hyper_parameters_have_one_name():
     for name, published in fxcurv.methods().items():
         assert published.name == name
         odd = {n for n in published.defaults if any(word in n for word in COMMON) and n not in COMMON}
-        assert odd <= {"damping_scheme"}, (name, odd)
+        assert odd <= {"damping_scheme", "conv_damping", "damping_target", "ema_spectrum"}, (name, odd)
     for name in ("kfac", "ekfac"):
         assert set(COMMON) <= set(fxcurv.methods()[name].defaults)
         fxcurv.transform(mlp(), name, loss="mse", **COMMON)
