@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 from fxcurv.errors import FxcurvError
 from fxcurv.methods.method import Method, Source
-from fxcurv.methods.parts.blocks import BlockInverse, BlockKron, Replicated, TraceRule
+from fxcurv.methods.parts.blocks import BlockInverse, BlockKron, TraceRule
+from fxcurv.methods.parts.damp import Replicated
 from fxcurv.methods.parts.rescale import rescaling
 from fxcurv.methods.parts.scope import Layers
 from fxcurv.methods.parts.track import EMA
@@ -36,8 +37,8 @@ def thor(o: SimpleNamespace) -> Method:
     """THOR: K-FAC with factors cut into diagonal blocks, and a rule by layer for when to renew them.
 
     The factors of a batch, A = E[a a^T] and G = E[g g^T] over examples and positions, are cut into diagonal blocks of
-    block_size features; each gets sqrt(damping/T) on its diagonal, T the positions of an example (1 for a linear layer
-    on vectors), and U = (1/T) G^-1 V A^-1. Every factor_every steps a layer has a candidate k with trace
+    block_size features; each gets sqrt(damping/T) on its diagonal, T the positions of a loss term (1 for a linear
+    layer on vectors), and U = (1/T) G^-1 V A^-1. Every factor_every steps a layer has a candidate k with trace
     tr_k = tr A tr G + damping d_in d_out and D = |tr_k - tr| / tr, tr that of the last candidate taken over:
 
     - D > trace_move: it is taken over, and the inverses with it;

@@ -15,7 +15,7 @@ from fxcurv.ir.schedule import RETIRED
 from fxcurv.ir.types import Scalar
 from fxcurv.methods.dense import full, kron
 from fxcurv.methods.facts import Facts, Target
-from fxcurv.methods.method import Damp, Estimate, Method, Solve, curvature_weight, flag, hyper
+from fxcurv.methods.method import Estimate, Method, Solve, curvature_weight, flag, hyper
 from fxcurv.methods.parts.estimate import Kron, moment, shared_rows
 from fxcurv.methods.parts.solve import Parts
 from fxcurv.methods.parts.track import EMA
@@ -23,8 +23,7 @@ from fxcurv.methods.parts.track import EMA
 
 @dataclass(frozen=True)
 class BlockKron(Estimate):
-    """K-FAC's factors A and G with nothing but diagonal blocks of ``size`` features, and "repeats", the mean number of
-    positions of an example beyond the first.
+    """K-FAC's factors A and G with nothing but diagonal blocks of ``size`` features.
 
     A side of at most ``size`` features is one whole matrix; one that is diagonal, by construction or beyond
     max_factor_dim, stays so. A tied embedding and projection has both terms of :class:`Kron`, whose factors are whole.
@@ -34,18 +33,11 @@ class BlockKron(Estimate):
 
     def measure(self, b: Builder, facts: Facts, target: Target) -> dict[str, fx.Node]:
         if target.swapped:
-            parts = Kron().measure(b, facts, target)
-        else:
-            rows = {"A": shared_rows(b, facts, target, "a"), "G": shared_rows(b, facts, target, "g")}
-            inputs = self._moment(b, facts, rows["A"], target.d_in, target.diagonal_input)
-            outputs = self._moment(b, facts, rows["G"], target.d_out)
-            parts = {
-                "A": b.mean(inputs, b.count(rows["A"])),
-                "G": b.scale(outputs, curvature_weight(b, facts)),
-            }
-        measured = target.rows(b, "a") if facts.sharing == "expand" else shared_rows(b, facts, target, "a")
-        examples = b.examples(measured)
-        return {**parts, "repeats": b.mean(b.sub(b.count(measured), examples), examples)}
+            return Kron().measure(b, facts, target)
+        rows = {"A": shared_rows(b, facts, target, "a"), "G": shared_rows(b, facts, target, "g")}
+        inputs = self._moment(b, facts, rows["A"], target.d_in, target.diagonal_input)
+        outputs = self._moment(b, facts, rows["G"], target.d_out)
+        return {"A": b.mean(inputs, b.count(rows["A"])), "G": b.scale(outputs, curvature_weight(b, facts))}
 
     def _moment(self, b: Builder, facts: Facts, rows: fx.Node, size: int, diagonal: bool = False) -> fx.Node:
         if diagonal or not self.size < size <= facts.max_factor_dim:
@@ -60,19 +52,6 @@ class BlockKron(Estimate):
 
 def _dense(factor: Tensor, d: int, groups: int) -> Tensor:
     return dense_blocks(factor, d) if factor.ndim - (groups > 1) == 3 else full(factor, d)
-
-
-@dataclass(frozen=True)
-class Replicated(Damp):
-    """sqrt(lambda/T) on averaged factors, the inverse times 1/T, T the positions of an example (schemes 5 and 3).
-
-    G is here the *sum* over the positions of an example, T times the average, so that
-    (1/T) (G/T + sqrt(lambda/T))^-1 V (A + sqrt(lambda/T))^-1 = (G + sqrt(lambda T))^-1 V (A + sqrt(lambda/T))^-1.
-    """
-
-    def split(self, b: Builder, facts: Facts, factors: dict[str, fx.Node]) -> dict[str, fx.Node]:
-        damping, positions = hyper(b, facts, "damping"), b.add(factors["repeats"], 1.0)
-        return {"A": b.sqrt(b.div(damping, positions)), "G": b.sqrt(b.mul(damping, positions))}
 
 
 @dataclass(frozen=True)
