@@ -30,6 +30,7 @@ GENERAL = {
     "damping_scheme": "How the damping of a block is divided between its factors.",
     "trace_floor": "With damping in units of a curvature's trace: the least trace that is assumed.",
     "rescale": "What scales the directions.",
+    "burst": "Statistics only in so many steps up to each factorisation; 0: every factor_every steps.",
     "decay": "How weight_decay acts: decoupled, or l2 (added to the gradient, before the preconditioner).",
     "step": "fixed (lr and momentum as given), or quadratic (both from an exact quadratic model).",
 }

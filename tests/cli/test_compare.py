@@ -181,7 +181,8 @@ def test_what_is_kept_is_not_trained_again_unless_asked(
     assert begun, "another file is another run"
 
 
-def test_files_and_the_tables(net: Path, tmp_path: Path, invoke: Invoke) -> None:
+def test_files_and_the_tables(net: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     arguments = ("compare", net, "-m", "sgd,ekfac", "-n", 12, "--seeds", 2, "-o", tmp_path / "out")
     shown = invoke(*arguments).stdout
     for text in ("loss at 3", "at 6", "at 12", "ms/step", "skipped", "norm", "kl_clip=0.1 damping=0.01", "chosen", "±"):

@@ -146,7 +146,7 @@ def test_one_row_is_exact_and_leaves_nothing() -> None:
 @pytest.mark.parametrize("sides", ["both", "a", "g"])
 def test_no_rows_of_a_side_give_zeros(sides: str) -> None:
     a, g = rows(6)
-    a, g = a[: 0 if sides in "a both" else 6], g[: 0 if sides in "g both" else 6]
+    a, g = a[: 0 if sides in ("a", "both") else 6], g[: 0 if sides in ("g", "both") else 6]
     for result in (top(a, g), top(a, g, torch.zeros(4, 4), zeros(g)), both(a, g), top(a, g, window=1)):
         assert all(torch.equal(x, torch.zeros_like(x)) for x in result)
 

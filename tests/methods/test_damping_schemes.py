@@ -126,7 +126,7 @@ def test_chains_are_of_damped_factors(temporal: str, scheme: str, monkeypatch: p
         return F.mse_loss(f, y)
 
     done = rnn.step(net, x, user, loss="mse", fisher="ggn", temporal=temporal, damping_scheme=scheme)
-    repeats = x.shape[0] * x.shape[1] / done.info.terms
+    repeats = max(x.shape[0] * x.shape[1] / done.info.terms, 1.0)
 
     def damped(factors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         root = rnn.DAMPING**0.5

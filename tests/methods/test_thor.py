@@ -161,8 +161,7 @@ def test_rule_accepts_keeps_and_stops_for_good(saves: bool, monkeypatch: pytest.
         state = s.feed(scale)
         assert float(state["A"].trace()) == pytest.approx(kept * s.first, rel=1e-9), scale
         assert float(state["retired"]) == over
-        root = (1e-9 / 0.5) ** 0.5  # an element of the squared error is a term: half a row each
-        expected = torch.linalg.inv(state["A"] + root * torch.eye(3))
+        expected = torch.linalg.inv(state["A"] + 1e-9**0.5 * torch.eye(3))
         torch.testing.assert_close(state["A.inverse"], expected)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.op import Op
 from fxcurv.ir.ops.draws import Draw
-from fxcurv.ir.ops.rules import accumulator, count_of, need, need_rows, need_scalar, need_shape
+from fxcurv.ir.ops.rules import accumulator, count_of, need, need_rows, need_scalar, need_shape, number
 from fxcurv.ir.ops.statistics import ungroup, wide
 from fxcurv.ir.types import Diag, Mat, Psd, Scalar, Type
 
@@ -120,10 +120,8 @@ def _descend(
 ) -> Results:
     """D and the new slots; ``force(D)`` is the local gradient beside gamma V - proximal D."""
     dtype = accumulator(V.dtype)
-    updates, count, gamma, proximal, rate, beta1, beta2, epsilon = (
-        torch.as_tensor(x, dtype=dtype, device=V.device) for x in scalars
-    )
     missing = torch.zeros((), device=V.device, dtype=torch.float32)
+    updates, count, gamma, proximal, rate, beta1, beta2, epsilon = (number(x, missing.to(dtype)) for x in scalars)
     old = [x if isinstance(x, Tensor) and x.ndim else missing for x in slots]
     (first, second), given = (x.to(dtype) for x in old), gamma * V.to(dtype)
     D = torch.zeros_like(given)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxcurv.ir.op import Op
 from fxcurv.ir.ops.draws import Draw
-from fxcurv.ir.ops.rules import need, need_scalar
+from fxcurv.ir.ops.rules import need, need_scalar, number
 from fxcurv.ir.types import Scalar, Type
 
 
@@ -23,7 +23,7 @@ def _loss_averages(loss: Tensor, k: Tensor, fast: Tensor, slow: Tensor, quick: T
     value = torch.where(seen, loss, torch.zeros_like(loss)).to(k.dtype)
     following = [torch.where(seen, k + 1, k)]
     for old, weight in ((fast, quick), (slow, lasting)):
-        weight = torch.minimum(k / (k + 1), torch.as_tensor(weight, dtype=k.dtype, device=k.device))
+        weight = torch.minimum(k / (k + 1), number(weight, k))
         following.append(torch.where(seen, weight * old + (1 - weight) * value, old))
     return tuple(following)
 
@@ -44,7 +44,7 @@ def _loss_rule(fast: Tensor, slow: Tensor, best: Tensor, over: Tensor, k: Tensor
     """
     rate = slow - fast
     best = torch.maximum(best, rate)
-    late = k >= torch.as_tensor(after, dtype=k.dtype, device=k.device)
+    late = k >= number(after, k)
     return best, torch.where(late & (rate < below * best), torch.ones_like(over), over)
 
 

@@ -32,6 +32,13 @@ def spread(scale: Any, x: torch.Tensor) -> Any:
     return scale.to(accumulator(x.dtype)).reshape(scale.shape + (1,) * (x.ndim - scale.ndim))
 
 
+def number(value: Any, like: torch.Tensor) -> torch.Tensor:
+    """A number or Scalar in the type of ``like``, made where it lies: nothing is copied to a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(like.dtype)
+    return torch.full((), float(value), dtype=like.dtype, device=like.device)
+
+
 def promote(*types: Any) -> torch.dtype:
     """Common dtype of the tensors among ``types``."""
     dtypes = [item.dtype for item in types if isinstance(item, Type)]

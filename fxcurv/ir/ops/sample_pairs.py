@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxcurv import sampling
@@ -119,27 +120,31 @@ def _interpolated_pairs(a: Tensor, g: Tensor, rank: int, damping: Tensor, by_nor
     K = pair_kernel(x, y)
     start = left = K.diagonal(dim1=-2, dim2=-1).clone()
     order = start.argsort(dim=-1, descending=True, stable=True)
-    lower, index, live = K.new_zeros(groups, n, rank), [], []
+    columns = [torch.zeros_like(start)] * rank
+    index, live = [], []
     for k in range(min(rank, n)):
         pivot = order[:, k] if by_norm else left.argmax(dim=-1)
         at = pivot.view(groups, 1, 1)
         found, whole = left.gather(1, pivot.unsqueeze(1)), start.gather(1, pivot.unsqueeze(1))
         good = found > SMALL * whole
+        lower = torch.stack(columns, -1)
         mine = lower.gather(1, at.expand(-1, 1, rank))
         column = K.gather(2, at.expand(-1, n, 1)).squeeze(-1) - (lower @ mine.mT).squeeze(-1)
-        lower[:, :, k] = torch.where(good, column / torch.where(good, found, 1.0).sqrt(), 0.0)
-        left = (left - lower[:, :, k].square()).clamp(min=0.0).scatter(1, pivot.unsqueeze(1), 0.0)
+        columns[k] = torch.where(good, column / torch.where(good, found, 1.0).sqrt(), 0.0)
+        left = (left - columns[k].square()).clamp(min=0.0).scatter(1, pivot.unsqueeze(1), 0.0)
         index.append(pivot)
         live.append(good.squeeze(1))
+    lower = torch.stack(columns, -1)
     places, alive = torch.stack(index, 1), torch.stack(live, 1)
     used = places.shape[1]
     corner = lower.gather(1, places.unsqueeze(-1).expand(-1, -1, rank))[..., :used].tril()
-    corner = torch.where((alive.unsqueeze(1) & alive.unsqueeze(2)), corner, torch.diag_embed((~alive).to(K.dtype)))
+    corner = torch.where(
+        (alive.unsqueeze(1) & alive.unsqueeze(2)), corner, torch.diag_embed(alive.logical_not().to(K.dtype))
+    )
     Y = torch.linalg.solve_triangular(corner.mT, lower[..., :used].mT, upper=True)
     E = K - lower @ lower.mT
     half = torch.linalg.solve_triangular(small_factor((E + E.mT) / 2, damping), Y.mT, upper=False)
-    P = K.new_zeros(groups, rank, rank)
-    P[:, :used, :used] = half.mT @ half
+    P = F.pad(half.mT @ half, (0, rank - used, 0, rank - used))
     taken = (rows.gather(1, places.unsqueeze(-1).expand(-1, -1, rows.shape[2])) for rows in (x, y))
     first, second = (filled(rows * alive.unsqueeze(-1), rank) for rows in taken)
     return first, second, ungroup(P)
@@ -201,15 +206,14 @@ def _pairs_kernel(XA: Sequence[Tensor], XG: Sequence[Tensor], P: Sequence[Tensor
     sum of r_w. It equals P - P K (I + P K)^-1 P. Mu et al. 2022, the all-gather of KID and KIS.
     """
     blocks = [p.to(torch.float64) for p in P]
-    groups = blocks[0].shape[:-2]
-    whole = blocks[0].new_zeros(*groups, *(sum(p.shape[-1] for p in blocks),) * 2)
-    first = 0
+    total, first, padded = sum(p.shape[-1] for p in blocks), 0, []
     for block in blocks:
-        size = block.shape[-1]
-        whole[..., first : first + size, first : first + size] = block
-        first += size
+        before, after = first, total - first - block.shape[-1]
+        padded.append(F.pad(block, (before, after, before, after)))
+        first += block.shape[-1]
+    whole = torch.stack(padded).sum(0)
     system = whole @ pair_kernel(torch.cat(list(XA), -2), torch.cat(list(XG), -2))
-    system.diagonal(dim1=-2, dim2=-1).add_(1.0)
+    system = system + torch.eye(total, dtype=system.dtype, device=system.device)
     M = torch.linalg.solve_ex(system, whole)[0]
     return ((M + M.mT) / 2).contiguous()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxcurv.errors import FxcurvError
@@ -45,9 +46,7 @@ def chosen(examples: int, positions: int, capacity: int, device: torch.device) -
 
 def filled(rows: Tensor, capacity: int) -> Tensor:
     """Rows (G, n, d) with n <= capacity as (capacity, d) or (G, capacity, d), zeros below."""
-    result = rows.new_zeros(rows.shape[0], capacity, rows.shape[2])
-    result[:, : rows.shape[1]] = rows
-    return ungroup(result)
+    return ungroup(F.pad(rows, (0, 0, 0, capacity - rows.shape[1])))
 
 
 def _keep_rows(rows: Tensor, capacity: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.op import Op, Trait
 from fxcurv.ir.ops.draws import Draw
-from fxcurv.ir.ops.rules import accumulator, need, need_scalar, need_shape, promote, spread
+from fxcurv.ir.ops.rules import accumulator, need, need_scalar, need_shape, number, promote, spread
 from fxcurv.ir.types import Scalar, Type
 
 
@@ -83,7 +83,7 @@ def _clip_kl(dots: Sequence[Tensor], lr: Tensor, kappa: Tensor) -> Tensor:
     ``dots``.
     """
     total = _total(dots)
-    lr, kappa = (torch.as_tensor(number, dtype=total.dtype, device=total.device) for number in (lr, kappa))
+    lr, kappa = (number(one, total) for one in (lr, kappa))
     change = lr.square() * total
     clip = change > kappa  # the square root only where it is below 1: no division by 0
     return torch.where(clip, (kappa / torch.where(clip, change, 1.0)).sqrt(), torch.ones_like(total))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxcurv.ir.op import Op
 from fxcurv.ir.ops.draws import Draw
-from fxcurv.ir.ops.rules import need, need_scalar, need_shape
+from fxcurv.ir.ops.rules import need, need_scalar, need_shape, number
 from fxcurv.ir.types import Scalar, Type
 
 
@@ -99,7 +99,7 @@ def _decayed(k: Tensor, start: Tensor, end: Tensor, steps: int, warmup: int) -> 
     q = 2 log10(start / end) / steps; the first ``warmup`` updates change nothing. q is at least 0 and at most 1, so it
     moves towards ``end`` only from above. Scalars, positive. The damping schedule of Mu et al. 2022's code.
     """
-    start, end = (torch.as_tensor(x, dtype=k.dtype, device=k.device) for x in (start, end))
+    start, end = (number(x, k) for x in (start, end))
     rate = (2.0 * (start / end).log10() / steps).clamp(0.0, 1.0)
     return end + (start - end) * (1.0 - rate) ** (k - warmup).clamp(min=0.0)
 

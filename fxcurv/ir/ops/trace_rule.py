@@ -11,7 +11,7 @@ from torch import Tensor
 from fxcurv.errors import FxcurvError
 from fxcurv.ir.op import Op
 from fxcurv.ir.ops.draws import Draw
-from fxcurv.ir.ops.rules import accumulator, need, need_scalar, promote
+from fxcurv.ir.ops.rules import accumulator, need, need_scalar, number, promote
 from fxcurv.ir.ops.statistics import wide
 from fxcurv.ir.types import Diag, Psd, Scalar, Type
 
@@ -67,9 +67,9 @@ def _trace_rule(
     it for ever. The first candidate is always accepted; ``count`` = 0 rows are none. Chen et al. 2021, section 4, with
     the last *accepted* trace in place of the last one, so that a slow drift adds up.
     """
-    seen, known, over = torch.as_tensor(count) > 0, accepted > 0, retired > 0
+    seen, known, over = number(count, accepted) > 0, accepted > 0, retired > 0
     change = (trace - accepted).abs() / torch.where(known, accepted, torch.ones_like(accepted))
-    take = seen & ~over & (~known | (change > move))
+    take = seen & over.logical_not() & (known.logical_not() | (change > move))
     stop = seen & known & (change < settle)
     last = torch.where(take, trace, accepted)
     return take.to(accepted.dtype), last.to(accepted.dtype), (over | stop).to(retired.dtype)

@@ -142,7 +142,8 @@ def _uncorrelated_apply(V: Tensor, GI: Tensor, SI: Tensor, mu: Tensor, damping: 
     V: Mat (o, C K), or (o, C K + 1) with the constant's column; GI: Psd (o, o) or Diag (o,); SI: Psd (C, C); mu: Vec
     (C,); groups lead; damping: number, Scalar or one a group.
     """
-    V, GI, SI, mu = align(V, GI, SI, mu)
+    out = align(V, GI, SI, mu)[0].dtype
+    V, GI, SI, mu = (x.to(accumulator(out)) for x in (V, GI, SI, mu))
     channels = SI.shape[-1]
     patch = V[..., : channels * taps].unflatten(-1, (channels, taps))
     kept = torch.einsum("...ock,...cd->...odk", patch, SI)
@@ -159,7 +160,7 @@ def _uncorrelated_apply(V: Tensor, GI: Tensor, SI: Tensor, mu: Tensor, damping: 
     kept = kept - weight[..., None, None] * solved[..., None, :, None]
     if constant:
         rest = [rest[0] - (weight / spread(strength, weight)).unsqueeze(-1)]
-    return left(GI, torch.cat([kept.flatten(-2), *rest], -1))
+    return left(GI, torch.cat([kept.flatten(-2), *rest], -1)).to(out)
 
 
 def _infer_uncorrelated_apply(V: Type, GI: Type, SI: Type, mu: Type, damping: Any, taps: int) -> Type:

@@ -99,14 +99,15 @@ class Replicated(Strong):
     """Factored Tikhonov of the averaged split, scheme 3: sqrt(lambda / T) on A and on G / T, with T outside.
 
     T is the number of rows of a loss term, the positions of a convolution. G here is a sum over them: averaged,
-    G / T + sqrt(lambda / T) I, times T, is G + sqrt(lambda T) I. With the trace-norm pi the same T cancels.
+    G / T + sqrt(lambda / T) I, times T, is G + sqrt(lambda T) I. With the trace-norm pi the same T cancels. T is at
+    least 1: a loss that counts every output as a term does not make less than one position of a layer.
     """
 
     def measure(self, b: Builder, facts: Facts, target: Target) -> dict[str, fx.Node]:
         return {"repeats": b.mean(b.count(shared_rows(b, facts, target, "a")), loss_terms(b, facts))}
 
     def split(self, b: Builder, facts: Facts, factors: dict[str, fx.Node]) -> dict[str, fx.Node]:
-        strength, repeats = self.of_factors(b, facts, factors), b.or_one(factors["repeats"])
+        strength, repeats = self.of_factors(b, facts, factors), b.at_least(factors["repeats"], 1.0)
         return {"A": b.sqrt(b.div(strength, repeats)), "G": b.sqrt(b.mul(strength, repeats))}
 
 
