@@ -10,11 +10,12 @@ from fxcurv.methods.parts.estimate import Kron
 from fxcurv.methods.parts.rescale import rescaling
 from fxcurv.methods.parts.schemes import SPECTRAL, scheme
 from fxcurv.methods.parts.scope import Layers
-from fxcurv.methods.parts.solve import Corrected
+from fxcurv.methods.parts.solve import Corrected, Running
 from fxcurv.methods.parts.track import EMA
 from fxcurv.methods.registry import published
 
 BASES = ("eigh", "qr")
+SPECTRA = {"examples": Corrected, "gradient": Running}
 
 
 @published(
@@ -29,6 +30,7 @@ BASES = ("eigh", "qr")
     kl_clip=1e-3,
     rescale="kl",
     basis="eigh",
+    spectrum="examples",
 )
 def ekfac(o: SimpleNamespace) -> Method:
     """EKFAC: precondition in K-FAC's eigenbasis with the second moment of every example's gradient measured there.
@@ -40,6 +42,8 @@ def ekfac(o: SimpleNamespace) -> Method:
     at the first, and then follows them by one step of orthogonal iteration, with S restarting as before
     (``due(refresh=True)`` decomposes again). damping_scheme: "eigenvalue" as above; "floor", max(S, damping);
     "relative", damping times the mean of S, at least trace_floor / dim S; "mask", no step where S < 1e-10 max S.
+    spectrum: "examples" as above; "gradient" is EKFAC-ra, S <- ema S + (1 - ema) N (Q_G^T V Q_A)^2 in every step, V the
+    mean gradient of N terms: no rows are needed, and factor_every may be as long as solve_every.
 
     Cost: kfac's statistics, and n d_in d_out (d_in + d_out) more for S, which sees the rows themselves; d_in^3 +
     d_out^3 at a refresh, times the constant of an eigendecomposition with "eigh"; four products a step in place of two.
@@ -47,8 +51,10 @@ def ekfac(o: SimpleNamespace) -> Method:
     diagonal in the basis moves faster than the basis does, with a long solve_every.
 
     Source: George et al. 2018, sections 3-4; the tracked basis as in Vyas et al. 2024 (SOAP), algorithm 4. Damping, the
-    moving average and the KL clip are those of kfac.
+    moving average and the KL clip are those of kfac (the reference code of EKFAC-ra has ema = 0.75).
     """
+    if o.spectrum not in SPECTRA:
+        raise FxcurvError(f"spectrum='{o.spectrum}' is unknown; choose one of {', '.join(SPECTRA)}.")
     if o.basis not in BASES:
         raise FxcurvError(f"basis='{o.basis}' is unknown; choose one of {', '.join(BASES)}.")
     return Method(
@@ -58,6 +64,6 @@ def ekfac(o: SimpleNamespace) -> Method:
         estimate=Kron(),
         track=EMA(),
         damp=scheme(o.damping_scheme, SPECTRAL)[0],
-        solve=Corrected(o.basis),
+        solve=SPECTRA[o.spectrum](o.basis),
         rescale=rescaling(o),
     )

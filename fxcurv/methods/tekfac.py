@@ -26,6 +26,7 @@ from fxcurv.methods.registry import published
     kl_clip=1e-3,
     rescale="kl",
     basis="eigh",
+    spectrum="examples",
 )
 def tekfac(o: SimpleNamespace) -> Method:
     """TEKFAC: EKFAC in the eigenbasis of TKFAC's factors.
@@ -42,7 +43,7 @@ def tekfac(o: SimpleNamespace) -> Method:
       the floor nu under the trace.
     - factor_every is the interval of N_A, N_G and of Theta (T_FIM and T_RE), solve_every that of the basis (T_EIG).
     - ema: weight of the old N_A and N_G (1 - beta2 of the paper, whose weights are those of the new value);
-      ema_spectrum: of the old Theta (1 - beta1), ``None`` for the same. basis: as in ekfac.
+      ema_spectrum: of the old Theta (1 - beta1), ``None`` for the same. basis, spectrum: as in ekfac.
 
     Cost: as ekfac, with tkfac's weighted Grams in place of plain ones. Choose it over ekfac where the lengths of inputs
     and gradients go together, and over tkfac where refreshes are rare, since Theta follows every batch.
@@ -52,11 +53,11 @@ def tekfac(o: SimpleNamespace) -> Method:
     the new basis.
     """
     method = ekfac.compose(o)
-    assert method.damp is not None
+    assert method.damp is not None and isinstance(method.solve, Corrected)
     return replace(
         method,
         name="tekfac",
         estimate=Traces(),
         damp=by_kind(method.damp, o.conv_damping),
-        solve=Corrected(o.basis, "ema" if o.ema_spectrum is None else "ema_spectrum"),
+        solve=replace(method.solve, ema="ema" if o.ema_spectrum is None else "ema_spectrum"),
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxcurv.runtime.module import CurvatureModule
 from tests.methods.nets import Attention, convnet, mlp
-from tests.methods.oracle import block_diagonal, corrected, example_gradients, ggn, kron, step, transform
+from tests.methods.oracle import accumulate, block_diagonal, corrected, example_gradients, ggn, kron, step, transform
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -158,3 +158,26 @@ def test_second_moment_restarts_from_the_products_and_then_averages() -> None:
 def _joined(model: CurvatureModule, names: list[str], groups: int) -> Tensor:
     weight, bias = (model.get_parameter(name).grad.clone() for name in names)
     return torch.cat([weight.reshape(groups, len(bias) // groups, -1), bias.reshape(groups, -1, 1)], 2)
+
+
+@pytest.mark.parametrize("kind", ["linear", "strided conv"])
+@pytest.mark.parametrize("factor_every", [1, 3])
+def test_running_spectrum_follows_the_mean_gradient(kind: str, factor_every: int) -> None:
+    """EKFAC-ra: S <- ema S + (1 - ema) N (Q_G^T V Q_A)^2 in every step between refreshes, statistics or not."""
+    c = case(kind)
+    options = {"fisher": "empirical", "ema": 0.7, "damping": 0.1, "solve_every": 3, "factor_every": factor_every}
+    model = transform(c.net, "ekfac", c.x, loss="cross_entropy", spectrum="gradient", **options)
+    spectrum = None
+    for k in range(5):
+        taken = accumulate(model, [(c.x + 0.1 * k, c.loss, {})])
+        (gradient,), (direction,) = taken.pair(c.name)
+        found = model.factors(c.name)
+        turned = found["QG"].T @ gradient @ found["QA"]
+        if k % 3 == 0:
+            values = [torch.diagonal(found[f"Q{s}"].T @ found[s] @ found[f"Q{s}"]) for s in "GA"]
+            spectrum = torch.outer(*values)
+        else:
+            assert spectrum is not None
+            spectrum = 0.7 * spectrum + 0.3 * len(c.y) * turned**2
+        torch.testing.assert_close(found["S"], spectrum, rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(direction, found["QG"] @ (turned / (spectrum + 0.1)) @ found["QA"].T)

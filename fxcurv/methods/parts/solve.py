@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -11,7 +12,7 @@ from fxcurv.ir.schedule import FIRST, NEVER
 from fxcurv.ir.types import Diag, Orth, Type
 from fxcurv.methods.dense import full, kron
 from fxcurv.methods.facts import Facts, Target
-from fxcurv.methods.method import Damp, Method, Solve, curvature_weight, flag, hyper, is_diagonal
+from fxcurv.methods.method import Damp, Method, Solve, curvature_weight, flag, hyper, is_diagonal, loss_terms
 from fxcurv.methods.parts.damp import Tikhonov, sides_of
 
 Parts = dict[str, fx.Node]
@@ -78,7 +79,7 @@ class Corrected(Solve):
     def direction(
         self, b: Builder, method: Method, facts: Facts, target: Target, gradient: fx.Node, parts: Parts
     ) -> fx.Node:
-        name, scalar = target.name, facts.scalar()
+        name = target.name
         if self.basis == "qr":
             b.program.cadences.setdefault(FIRST, NEVER)
         with b.within(at=FIRST if self.basis == "qr" else REFRESH):
@@ -91,28 +92,68 @@ class Corrected(Solve):
                 (e_a, new_a), (e_g, new_g) = tracked(b, parts["A"], old_a), tracked(b, parts["G"], old_g)
                 renewed = [(new_a, new_g, products(b, method, parts, e_g, e_a)), *renewed]
         second = b.input("state", f"{name}.S", renewed[0][2].meta["type"], init="zeros")
-        updates = b.input("state", f"{name}.S_updates", scalar, init="zeros")
+        q_a, q_g = old_a, old_g
+        for new_a, new_g, _ in renewed:  # what is due less often comes first
+            q_a, q_g = b.latest(new_a, q_a), b.latest(new_g, q_g)
+        spectrum = self.followed(b, facts, target, second, (old_g, old_a), lambda: b.rotate(gradient, q_g, q_a))
+        for *_, restart in renewed:
+            spectrum = b.latest(restart, spectrum)
+        b.give("state", f"{name}.QA", q_a)
+        b.give("state", f"{name}.QG", q_g)
+        b.give("state", f"{name}.S", spectrum)
+        return in_basis(b, method, facts, gradient, q_g, q_a, spectrum)
+
+    def followed(
+        self,
+        b: Builder,
+        facts: Facts,
+        target: Target,
+        second: fx.Node,
+        basis: tuple[fx.Node, fx.Node],
+        rotated: Callable[[], fx.Node],
+    ) -> fx.Node:
+        """S of a step without refresh, from the last one: averaged over batches, in the last step's ``basis``.
+
+        rotated: writes the gradient in the coming basis.
+        """
+        updates = b.input("state", f"{target.name}.S_updates", facts.scalar(), init="zeros")
         with b.within(at=STATISTICS):
             rows_a, rows_g = target.rows(b, "a"), target.rows(b, "g")
             count = b.count(rows_a)
-            measured = b.scale(b.second_moment(rows_a, rows_g, old_a, old_g), curvature_weight(b, facts))
+            measured = b.scale(b.second_moment(rows_a, rows_g, *reversed(basis)), curvature_weight(b, facts))
             weight = b.ema_weight(updates, count, hyper(b, facts, self.ema))
             followed, ticked = b.ema(second, measured, weight), b.tick(updates, count)
         with b.within(at=REFRESH):
             one = b.one_like(updates)
-        q_a, q_g, spectrum = old_a, old_g, b.latest(followed, second)
-        for new_a, new_g, restart in renewed:  # what is due less often comes first
-            spectrum, q_a, q_g = b.latest(restart, spectrum), b.latest(new_a, q_a), b.latest(new_g, q_g)
-        b.give("state", f"{name}.QA", q_a)
-        b.give("state", f"{name}.QG", q_g)
-        b.give("state", f"{name}.S", spectrum)
-        b.give("state", f"{name}.S_updates", b.latest(one, b.latest(ticked, updates)))
-        return in_basis(b, method, facts, gradient, q_g, q_a, spectrum)
+        b.give("state", f"{target.name}.S_updates", b.latest(one, b.latest(ticked, updates)))
+        return b.latest(followed, second)
 
     def block(self, parts: dict[str, Tensor]) -> Tensor | None:
         d_out, d_in = parts["S"].shape[-2:]
         basis = kron(full(parts["QG"], d_out), full(parts["QA"], d_in))
         return basis @ (parts["S"].flatten(-2).unsqueeze(-1) * basis.mT)
+
+
+@dataclass(frozen=True)
+class Running(Corrected):
+    """EKFAC-ra: S follows N times the square of the *mean* gradient in the basis, in every step and without rows.
+
+    A mean of N independent terms has a variance N times smaller than one of them, and that is all it measures.
+    """
+
+    def followed(
+        self,
+        b: Builder,
+        facts: Facts,
+        target: Target,
+        second: fx.Node,
+        basis: tuple[fx.Node, fx.Node],
+        rotated: Callable[[], fx.Node],
+    ) -> fx.Node:
+        key = f"{target.name}.terms"  # a step without statistics does not count its terms
+        terms = b.latest(loss_terms(b, facts), b.input("state", key, facts.scalar(), init="zeros"))
+        b.give("state", key, terms)
+        return b.moving(second, b.scale(b.square(rotated()), terms), hyper(b, facts, self.ema))
 
 
 @dataclass(frozen=True)
