@@ -16,6 +16,7 @@ from torch import fx, nn
 from fxcurv.ir.program import Builder
 from fxcurv.ir.types import Rows, Scalar, Tensor
 from fxcurv.layers.layer import Layer
+from fxcurv.layers.reach import Outputs, outputs_of, together
 from fxcurv.layers.region import Place
 from fxcurv.layers.sequence import followers
 
@@ -148,13 +149,32 @@ def _stored(
     return None if shape == usual else shape
 
 
+class Owners:
+    """The first of the layers that measure the same rows, for each of them; see :mod:`fxcurv.layers.reach`.
+
+    reach: the outputs that depend on a layer; layers without an entry are always reached together.
+    """
+
+    def __init__(self, reach: Mapping[str, Outputs]) -> None:
+        self.reach = reach
+        self.found: dict[object, list[str]] = {}
+
+    def of(self, name: str, rows: object) -> str:
+        """The layer that measures ``rows`` for the layer ``name``."""
+        owners, mine = self.found.setdefault(rows, []), self.reach.get(name, frozenset())
+        for owner in owners:
+            if together(mine, self.reach.get(owner, frozenset())):
+                return owner
+        owners.append(name)
+        return name
+
+
 def gather(model: nn.Module, layers: Iterable[Layer], max_factor_dim: int, sharing: str, link: str = "") -> Facts:
     """The facts of a model whose ``layers`` are to be preconditioned; ``link``: the loss's own function, if known."""
     layers = tuple(layers)
     following = followers(layers, model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    first: dict[object, str] = {}
-    first_out: dict[object, str] = {}
+    inputs, outputs = Owners(outputs_of(layers)), Owners({})
     targets = []
     for layer in layers:
         form = layer.form
@@ -163,8 +183,8 @@ def gather(model: nn.Module, layers: Iterable[Layer], max_factor_dim: int, shari
         targets.append(
             Target(
                 name=layer.name,
-                input=first.setdefault((layer.input_key, form.groups, form.d_in), layer.name),
-                output=first_out.setdefault(layer.output_key, layer.name),
+                input=inputs.of(layer.name, (layer.input_key, form.groups, form.d_in)),
+                output=outputs.of(layer.name, layer.output_key),
                 weight=layer.weight_key,
                 bias=layer.bias_key,
                 groups=form.groups,

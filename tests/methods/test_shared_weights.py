@@ -191,3 +191,42 @@ def test_a_large_vocabulary_never_makes_a_square_of_it(method: str, tied: bool) 
     assert largest <= max(logits, (size + 1) * words) * 1.5
     for p in net.parameters():
         assert torch.isfinite(p.grad).all()
+
+
+class TwoHeads(nn.Module):
+    """Two classifiers on one trunk, each with an output of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.one, self.other = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.trunk(x))
+        return self.one(h), self.other(h)
+
+
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "tkfac", "kpsvd"])
+def test_heads_that_are_trained_in_turn_keep_curvature_of_their_own(method: str) -> None:
+    """A head that a step does not reach stays as it was, and the other one's factors are those of its own batches."""
+    torch.manual_seed(0)
+    net, x = TwoHeads(), torch.randn(6, 3)
+    settings = {"fisher": "empirical", "ema": 0.0, "kl_clip": None, "factor_every": 1, "solve_every": 1}
+    model = fxcurv.transform(net, method, example_inputs=(x,), loss="cross_entropy", **settings)
+    for k, (name, classes) in enumerate([("other", 3), ("one", 2), ("other", 3)]):
+        rest = {"one", "other"} - {name}
+        before = {n: {p: f.clone() for p, f in model.factors(n).items()} for n in rest}
+        y, rows = torch.randint(0, classes, (6,)), x + k
+        model.zero_grad()
+        out = model(rows)[name == "other"]
+        loss = F.cross_entropy(out, y)
+        model.backward(loss, out)
+        model.precondition_()
+        h = torch.cat([torch.tanh(net.trunk(rows)), torch.ones(6, 1)], 1).detach()
+        g = (out.softmax(1) - F.one_hot(y, classes)).detach()
+        found = model.factors(name)
+        if method == "kfac":
+            torch.testing.assert_close(found["A"], h.T @ h / 6)
+            torch.testing.assert_close(found["G"], g.T @ g / 6)
+        assert found["A"].trace() > 0 and found["G"].trace() > 0
+        for other, factors in before.items():
+            assert all(torch.equal(model.factors(other)[part], value) for part, value in factors.items())
