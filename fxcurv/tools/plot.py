@@ -66,7 +66,7 @@ def training_curves(runs: Mapping[str, Sequence[Curve]], path: Path, title: str 
     if totals and max(totals) > 10 * min(totals):
         by_second.set_xscale("log")
     by_step.set_ylabel("loss")
-    by_step.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")  # beside the panels: many methods would hide their curves
     figure.suptitle(title)
     _write(figure, path)
 

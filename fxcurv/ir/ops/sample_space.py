@@ -46,7 +46,7 @@ def chosen(examples: int, positions: int, capacity: int, device: torch.device) -
 
 def filled(rows: Tensor, capacity: int) -> Tensor:
     """Rows (G, n, d) with n <= capacity as (capacity, d) or (G, capacity, d), zeros below."""
-    return ungroup(F.pad(rows, (0, 0, 0, capacity - rows.shape[1])))
+    return ungroup(F.pad(rows, (0, 0, 0, capacity - rows.shape[1])).contiguous())
 
 
 def _keep_rows(rows: Tensor, capacity: int) -> Tensor:
