@@ -71,7 +71,7 @@ settings = {
     "mkor": {"lr": 0.01},  # 101.1
     "mkor_h": {"lr": 0.01},  # the same: it may switch after 100 steps
     "hylo": {  # 104.6, and no mode with fewer pairs than examples is before sgd (114.3 at best): see the README
-        **{"lr": 0.1, "momentum": 0.9, "damping": 0.01, "kl_clip": 0.3},
+        **{"lr": 0.1, "momentum": 0.9, "nesterov": True, "damping": 0.01, "kl_clip": 0.3},
         **{"rank": 512, "mode": "exact", "factor_every": 1},
     },
     "kfac_rnn": KRONECKER,  # without sequences it is kfac
