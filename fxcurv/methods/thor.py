@@ -28,7 +28,7 @@ RULES: dict[str, tuple[float, float] | None] = {"thor": (0.01, 0.0), "stop": (0.
     trace_rule="thor",
     trace_move=None,
     trace_settle=None,
-    kl_clip=None,
+    kl_clip=1e-3,
     rescale="kl",
     factor_every=100,
     solve_every=100,
@@ -67,7 +67,7 @@ def thor(o: SimpleNamespace) -> Method:
 
     Source: Chen et al. 2021, sections 4-5; limits and block size are the paper's, damping is the initial one of its
     ResNet-50 run (there it decays by half every 10 epochs), the period the generic one of its reference code, the
-    comparison with the last *accepted* trace is ours.
+    comparison with the last *accepted* trace and the KL clip (the reference has a small learning rate) are ours.
     """
     if o.trace_rule not in RULES:
         raise FxcurvError(f"trace_rule='{o.trace_rule}' is unknown; choose one of {', '.join(RULES)}.")
