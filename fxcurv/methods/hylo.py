@@ -8,8 +8,8 @@ from fxcurv.errors import FxcurvError
 from fxcurv.methods.method import Method, Source
 from fxcurv.methods.parts.rescale import rescaling
 from fxcurv.methods.parts.sample_pairs import Decay, Pairs, PairsSolve, Switch
-from fxcurv.methods.parts.sample_space import Renewed
 from fxcurv.methods.parts.scope import Layers
+from fxcurv.methods.parts.track import Reached
 from fxcurv.methods.registry import published
 
 
@@ -82,7 +82,7 @@ def hylo(o: SimpleNamespace) -> Method:
         source=Source(o.fisher, o.fisher_samples),
         scope=Layers(),
         estimate=Pairs(o.rank, o.mode, bool(o.replacement), o.pivots == "norm", switch, decay),
-        track=Renewed(),
+        track=Reached(),
         solve=PairsSolve(own_rows),
         rescale=rescaling(o),
         hyper={"ema": 0.0} | ({} if decay is None else {"damping_target": float(o.damping_target)}),

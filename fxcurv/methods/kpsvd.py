@@ -12,7 +12,8 @@ from fxcurv.methods.method import Estimate, Method, Source
 from fxcurv.methods.parts.rescale import rescaling
 from fxcurv.methods.parts.schemes import FACTORED, SCHEMES, scheme
 from fxcurv.methods.parts.scope import Layers
-from fxcurv.methods.parts.top_kron import OneTerm, Reached, TwoTerms, rows_of
+from fxcurv.methods.parts.top_kron import OneTerm, TwoTerms, rows_of
+from fxcurv.methods.parts.track import Reached
 from fxcurv.methods.registry import published
 
 FITTED: dict[str, Any] = {

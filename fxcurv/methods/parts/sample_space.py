@@ -19,7 +19,7 @@ from fxcurv.methods.facts import Facts, Target
 from fxcurv.methods.method import Estimate, Method, Solve, curvature_weight, flag, loss_terms
 from fxcurv.methods.parts.estimate import Kron, input_factor, output_factor
 from fxcurv.methods.parts.solve import Inverse, Parts
-from fxcurv.methods.parts.track import EMA
+from fxcurv.methods.parts.track import Reached
 
 SIDES = ("A", "G")
 PATHS = ("auto", "dense", "low_rank")
@@ -90,15 +90,7 @@ class SampleKron(Estimate):
 
 
 @dataclass(frozen=True)
-class Renewed(EMA):
-    """What a batch says, or an average: a layer counts as reached when its output was, whoever else reads its input."""
-
-    def counted(self, b: Builder, facts: Facts, target: Target, parts: dict[str, fx.Node]) -> fx.Node:
-        return b.count(target.rows(b, "g"))
-
-
-@dataclass(frozen=True)
-class Window(Renewed):
+class Window(Reached):
     """An average of factors; where these are rows, a window of weighted rows, the newest first."""
 
     space: SampleSpace = SampleSpace(1)

@@ -24,7 +24,6 @@ from fxcurv.methods.facts import Facts, Target
 from fxcurv.methods.method import Estimate, Method, Solve, curvature_weight, hyper
 from fxcurv.methods.parts.estimate import Kron, shared_rows
 from fxcurv.methods.parts.solve import Inverse, Parts, between
-from fxcurv.methods.parts.track import EMA
 
 KERNELS = ("triangular", "hard")
 
@@ -160,14 +159,6 @@ class Bidiagonal(TopKron):
         starts = last(b, target, "G"), last(b, target, "G2")
         terms = b.top_two_kron(*sample.rows, *starts, self.krylov, self.restarts, *sample.pairing)
         return {part: b.item(terms, index) for index, part in enumerate(("A", "G", "A2", "G2"))}
-
-
-@dataclass(frozen=True)
-class Reached(EMA):
-    """An average over the batches that reached the layer's output: its input rows may be there for another's sake."""
-
-    def counted(self, b: Builder, facts: Facts, target: Target, parts: dict[str, fx.Node]) -> fx.Node:
-        return b.count(target.rows(b, "g"))
 
 
 @dataclass(frozen=True)

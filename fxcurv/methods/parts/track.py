@@ -37,3 +37,11 @@ class EMA(Track):
     def counted(self, b: Builder, facts: Facts, target: Target, parts: dict[str, fx.Node]) -> fx.Node:
         """How many rows of this batch count; with none everything stays as it was."""
         return b.count(target.rows(b, "a"))
+
+
+@dataclass(frozen=True)
+class Reached(EMA):
+    """An average over the batches that reached the layer's output: its input rows may be there for another's sake."""
+
+    def counted(self, b: Builder, facts: Facts, target: Target, parts: dict[str, fx.Node]) -> fx.Node:
+        return b.count(target.rows(b, "g"))
